@@ -1,0 +1,105 @@
+"""Attention and transformer blocks of the latent UNet (Rombach et al. 2022, arXiv:2112.10752).
+
+`attend` is the one place where queries, keys and values meet the hardware; everything else is linear layers.
+"""
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """softmax(q k^T / sqrt(C / heads)) v, head by head.
+
+    q: (B, Q, C); k, v: (B, K, C). Returns (B, Q, C).
+    Uses the fused kernels, which keep logits in float32: Stable Diffusion 2.1 overflows float16 logits otherwise.
+    """
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))     # (B, heads, tokens, C / heads)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from x to context; self-attention when there is no context."""
+
+    def __init__(self, query_dim, context_dim=None, heads=8):
+        super().__init__()
+        context_dim = query_dim if context_dim is None else context_dim
+        self.heads = heads
+        self.to_q = nn.Linear(query_dim, query_dim, bias=False)
+        self.to_k = nn.Linear(context_dim, query_dim, bias=False)
+        self.to_v = nn.Linear(context_dim, query_dim, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(query_dim, query_dim))     # a Sequential for its public name, to_out.0
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """x: (B, N, query_dim); context: (B, M, context_dim). Returns (B, N, query_dim)."""
+        context = x if context is None else context
+        return self.to_out(attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
+
+
+class GEGLU(nn.Module):
+    """Gated linear unit with the exact GELU as its gate (Shazeer 2020)."""
+
+    def __init__(self, dim_in, dim_out):
+        super().__init__()
+        self.proj = nn.Linear(dim_in, 2 * dim_out)
+
+    def forward(self, x):
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim, mult=4):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(dim, dim * mult), nn.Identity(), nn.Linear(dim * mult, dim))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention over pixels, cross-attention to text, feed-forward; each normalised first and added on."""
+
+    def __init__(self, dim, context_dim, heads):
+        super().__init__()
+        self.attn1 = CrossAttention(dim, heads=heads)
+        self.ff = FeedForward(dim)
+        self.attn2 = CrossAttention(dim, context_dim, heads)
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+
+    def forward(self, x, context):
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the pixels of a feature map.
+
+    linear_proj: project with Linear layers (Stable Diffusion 2) rather than with 1x1 convolutions (1.x).
+    """
+
+    def __init__(self, channels, context_dim, heads, depth=1, linear_proj=False, groups=32):
+        super().__init__()
+        self.linear_proj = linear_proj
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)     # not the 1e-5 of the UNet's other norms
+        projection = (lambda: nn.Linear(channels, channels)) if linear_proj else (lambda: nn.Conv2d(channels, channels, 1))
+        self.proj_in = projection()
+        self.transformer_blocks = nn.ModuleList(BasicTransformerBlock(channels, context_dim, heads) for _ in range(depth))
+        self.proj_out = projection()
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x: (B, C, H, W); context: (B, M, context_dim). Returns (B, C, H, W)."""
+        B, C, H, W = x.shape
+        h = self.norm(x)
+        if not self.linear_proj:
+            h = self.proj_in(h)
+        h = h.flatten(2).mT                                       # (B, H*W, C)
+        if self.linear_proj:
+            h = self.proj_in(h)
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        if self.linear_proj:
+            h = self.proj_out(h)
+        h = h.mT.unflatten(2, (H, W))                             # (B, C, H, W)
+        if not self.linear_proj:
+            h = self.proj_out(h)
+        return x + h

@@ -1,0 +1,65 @@
+"""Guidance over two conditionings, and the dropout in training that makes it possible (InstructPix2Pix, Sec. 3.2).
+
+A denoiser is a function denoise(x_t, t) -> eps. Samplers know nothing else, and this file makes it from a UNet.
+"""
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+
+def instruct_denoiser(predict: Callable, context: Tensor, null_context: Tensor, image_latents: Tensor,
+                      cfg_text: float, cfg_image: float) -> Callable:
+    """denoise(x_t, t) -> eps for an editor, guided over text and image (arXiv:2211.09800, Eq. 3), in float32:
+
+    eps = e(0, 0) + s_I (e(I, 0) - e(0, 0)) + s_T (e(I, T) - e(I, 0)).
+
+    predict: (x, t, context) -> eps, with x of (N, 2 z, h, w) and t of (N,).
+    context, null_context: (B, M, D), the instruction and what stands for its absence ("" or a negative prompt).
+    image_latents: (B, z, h, w), unscaled in InstructPix2Pix. cfg_text, cfg_image: s_T and s_I, any finite number.
+    Each step evaluates [text + image, image, nothing] in one batch. Where a branch's weight is zero it is left out:
+    s_I = 1 drops "nothing" (two evaluations), s_T = s_I drops "image" (two), and s_T = s_I = 1 leaves one.
+    """
+    branches = [(cfg_text, context, image_latents),                         # (weight, text, image)
+                (cfg_image - cfg_text, null_context, image_latents),
+                (1 - cfg_image, null_context, torch.zeros_like(image_latents))]
+    return _weighted_denoiser(predict, [b for b in branches if b[0] != 0], join_image=True)
+
+
+def text_denoiser(predict: Callable, context: Tensor, null_context: Tensor, cfg_text: float) -> Callable:
+    """denoise(x_t, t) -> eps with classifier-free guidance for text alone (Ho & Salimans 2022, arXiv:2207.12598):
+    eps = e(0) + s (e(T) - e(0)). One evaluation where s is 1 or 0. Shapes as in `instruct_denoiser`."""
+    branches = [(cfg_text, context, None), (1 - cfg_text, null_context, None)]
+    return _weighted_denoiser(predict, [b for b in branches if b[0] != 0], join_image=False)
+
+
+def _weighted_denoiser(predict, branches, join_image):
+    """The sum of weight x prediction over branches. The weights add up to 1, so it is the guided eps: the formulas
+    above with their terms collected. It holds for v as well, which is an affine function of eps."""
+    weights, texts, images = zip(*branches)
+    n = len(branches)
+    context = torch.cat(texts)
+    image_latents = torch.cat(images) if join_image else None
+
+    def denoise(x_t, t):
+        x = x_t.repeat(n, 1, 1, 1)
+        if join_image:
+            x = torch.cat([x, image_latents.to(x.dtype)], dim=1)
+        eps = predict(x, t.expand(x_t.shape[0]).repeat(n), context).float().chunk(n)
+        return sum(w * e for w, e in zip(weights, eps))
+
+    return denoise
+
+
+def dropout_masks(batch_size: int, prob: float = 0.05, generator: torch.Generator | None = None):
+    """Which examples lose their conditioning in training: `prob` of them the text alone, `prob` both, `prob` the
+    image alone, by one uniform draw r each, as published: text if r < 2 prob, image if prob <= r < 3 prob.
+
+    Returns (drop_text, drop_image), each (batch_size,) bool on the generator's device. ValueError unless
+    0 <= prob <= 1/3.
+    """
+    if not 0 <= prob <= 1 / 3:
+        raise ValueError(f"the dropout probability must be in [0, 1/3], got {prob}")
+    device = generator.device if generator is not None else "cpu"
+    r = torch.rand(batch_size, generator=generator, device=device)
+    return r < 2 * prob, (prob <= r) & (r < 3 * prob)

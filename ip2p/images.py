@@ -1,0 +1,69 @@
+"""Pictures between files, PIL and tensors: any mode to RGB, sizes that a model can take, pixels in [-1, 1]."""
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+MAX_ASPECT = 16                  # beyond this a picture is a line once its long side fits a model
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """A picture file as RGB, upright. An animation gives its first frame.
+
+    Raises ValueError, naming the file, if it is missing, not a picture, cut short, or of an impossible shape.
+    """
+    try:
+        with Image.open(path) as image:
+            image = to_rgb(image)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such picture") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{path}: not a picture that Pillow can read") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:      # all of them are Pillow's
+        raise ValueError(f"{path}: cannot be read ({error})") from None
+    try:
+        check_shape(image)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return image
+
+
+def check_shape(image: Image.Image):
+    """ValueError unless both sides have 8 pixels or more and differ by at most 16 times."""
+    if min(image.size) < 8 or max(image.size) > MAX_ASPECT * min(image.size):
+        raise ValueError(f"a picture needs sides of at least 8 pixels that differ by at most {MAX_ASPECT} times, "
+                         f"got {image.width}x{image.height}")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Upright by its EXIF tag, 8 bits a channel, transparency laid over white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):                                        # 16 bits of gray
+        image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def model_size(width: int, height: int, size: int, multiple: int) -> tuple[int, int]:
+    """The (width, height) at which a model sees a picture: the long side is `size`, the short side follows, both rounded
+    to the nearest multiple of `multiple` and never zero. Integer arithmetic throughout."""
+    long = max(1, (size + multiple // 2) // multiple) * multiple
+    short = max(1, (2 * min(width, height) * long + max(width, height) * multiple) // (2 * max(width, height) * multiple)) * multiple
+    return (long, short) if width >= height else (short, long)
+
+
+def to_pixels(image: Image.Image, width: int, height: int) -> Tensor:
+    """An RGB picture, resized, as (3, height, width) float32 in [-1, 1]."""
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [-1, 1], overshoot allowed, as PIL pictures."""
+    pixels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(p) for p in pixels]

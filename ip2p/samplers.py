@@ -1,0 +1,91 @@
+"""Samplers: DDIM with its inversion, and Euler ancestral. Each is a function of a callable denoise(x_t, t) -> eps.
+
+x_t: (B, z, h, w) float32 latents of unit variance, t: a scalar tensor, eps: like x_t. Nothing here knows of prompts,
+guidance or networks, and random numbers come from `noise_like`, a function that draws a tensor shaped like its argument.
+"""
+from typing import Callable
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .schedule import NUM_TRAIN_TIMESTEPS, sigmas_at
+
+
+def ddim_timesteps(num_steps: int, num_train_timesteps: int = NUM_TRAIN_TIMESTEPS) -> Tensor:
+    """Descending int64 timesteps, (num_steps,): evenly spaced from 1 up, as in the original, which takes more steps
+    than asked where their number does not divide 1000; here it is always exact. (All 1000 are 999, ..., 0.)
+    Raises ValueError unless 1 <= num_steps <= num_train_timesteps."""
+    if not 1 <= num_steps <= num_train_timesteps:
+        raise ValueError(f"the number of steps must be in 1..{num_train_timesteps}, got {num_steps}")
+    offset = int(num_steps < num_train_timesteps)
+    return (torch.arange(num_steps) * num_train_timesteps // num_steps + offset).flip(0)
+
+
+def _ddim_alphas(timesteps, alphas_cumprod):
+    """(a_t, a_prev) of each step. The last step ends at alphas_cumprod[0], not at 1."""
+    a_t = alphas_cumprod[timesteps]
+    return a_t, torch.cat([a_t[1:], alphas_cumprod[:1]])
+
+
+def ddim_step(x_t: Tensor, eps: Tensor, a_t: Tensor, a_prev: Tensor, eta: float = 0.0, noise: Tensor | None = None):
+    """One step of DDIM (Song et al. 2020, arXiv:2010.02502, Eq. 12) from noise level a_t to a_prev, either way.
+
+    eta: 0 is deterministic, 1 has DDPM's variance; `noise` (like x_t) is needed unless eta is 0.
+    """
+    x0 = (x_t - (1 - a_t).sqrt() * eps) / a_t.sqrt()
+    sigma = eta * ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)).clamp(min=0).sqrt()
+    x_prev = a_prev.sqrt() * x0 + (1 - a_prev - sigma ** 2).clamp(min=0).sqrt() * eps
+    return x_prev if eta == 0 else x_prev + sigma * noise
+
+
+def ddim_sample(denoise: Callable, x_T: Tensor, num_steps: int, alphas_cumprod: Tensor, eta: float = 0.0,
+                noise_like: Callable | None = None, progress: bool = False) -> Tensor:
+    """Clean latents from noise x_T (unit variance), in exactly `num_steps` evaluations of `denoise`."""
+    timesteps = ddim_timesteps(num_steps, len(alphas_cumprod)).to(x_T.device)
+    x = x_T
+    for t, a_t, a_prev in tqdm(list(zip(timesteps, *_ddim_alphas(timesteps, alphas_cumprod.to(x_T.device)))),
+                               desc="DDIM", disable=not progress):
+        x = ddim_step(x, denoise(x, t), a_t, a_prev, eta, noise_like(x) if eta != 0 else None)
+    return x
+
+
+def ddim_invert(denoise: Callable, x0: Tensor, num_steps: int, alphas_cumprod: Tensor, progress: bool = False) -> list[Tensor]:
+    """DDIM run backwards: noise that `ddim_sample` turns into x0 again, up to the error of its steps.
+
+    Returns the num_steps + 1 latents on the way, x0 first and x_T last. As in null-text inversion (Mokady et al. 2022),
+    eps of a step is taken at the step's start and at its end's timestep.
+    """
+    timesteps = ddim_timesteps(num_steps, len(alphas_cumprod)).to(x0.device)
+    steps = list(zip(timesteps, *_ddim_alphas(timesteps, alphas_cumprod.to(x0.device))))
+    latents = [x0]
+    for t, a_t, a_prev in tqdm(steps[::-1], desc="DDIM inversion", disable=not progress):
+        x = latents[-1]
+        latents.append(ddim_step(x, denoise(x, t), a_prev, a_t))
+    return latents
+
+
+def euler_ancestral_sample(denoise: Callable, x_T: Tensor, num_steps: int, alphas_cumprod: Tensor, eta: float = 1.0,
+                           noise_like: Callable | None = None, progress: bool = False) -> Tensor:
+    """Euler ancestral as in InstructPix2Pix's own script (Karras et al. 2022, arXiv:2206.00364; k-diffusion).
+
+    It works on x_t / sqrt(a_t), whose noise has the level sigma = sqrt((1 - a_t) / a_t), at timesteps evenly spaced from
+    999 to 0, mostly fractions. eta scales the noise added at each step. ValueError unless 1 <= num_steps <= 1000.
+    """
+    if not 1 <= num_steps <= len(alphas_cumprod):
+        raise ValueError(f"the number of steps must be in 1..{len(alphas_cumprod)}, got {num_steps}")
+    timesteps = torch.linspace(len(alphas_cumprod) - 1, 0, num_steps, device=x_T.device)
+    sigmas = torch.cat([sigmas_at(timesteps, alphas_cumprod), torch.zeros(1, device=x_T.device)])
+    x = x_T * sigmas[0]
+    for i in tqdm(range(num_steps), desc="Euler ancestral", disable=not progress):
+        sigma, to = sigmas[i], sigmas[i + 1]
+        up = torch.minimum(to, eta * (to ** 2 * (sigma ** 2 - to ** 2) / sigma ** 2).sqrt())     # noise to add again
+        down = (to ** 2 - up ** 2).sqrt()                                                        # where Euler goes
+        eps = denoise(x / (sigma ** 2 + 1).sqrt(), timesteps[i])
+        x = x + (down - sigma) * eps
+        if i < num_steps - 1:
+            x = x + up * noise_like(x)
+    return x
+
+
+SAMPLERS = {"ddim": ddim_sample, "euler-ancestral": euler_ancestral_sample}
