@@ -1,10 +1,13 @@
 """Pictures between files, PIL and tensors: any mode to RGB, sizes that a model can take, pixels in [-1, 1]."""
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
+
+from .tensorfiles import replacing
 
 MAX_ASPECT = 16                  # beyond this a picture is a line once its long side fits a model
 
@@ -15,13 +18,15 @@ def open_image(path: str | Path) -> Image.Image:
     Raises ValueError, naming the file, if it is missing, not a picture, cut short, or of an impossible shape.
     """
     try:
-        with Image.open(path) as image:
-            image = to_rgb(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                               # of odd metadata, or that a picture is large
+            with Image.open(path) as image:
+                image = to_rgb(image)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such picture") from None
     except UnidentifiedImageError:
         raise ValueError(f"{path}: not a picture that Pillow can read") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:      # all of them are Pillow's
+    except Exception as error:                        # Pillow's decoders raise all kinds
         raise ValueError(f"{path}: cannot be read ({error})") from None
     try:
         check_shape(image)
@@ -67,3 +72,25 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
     """(B, 3, H, W) in [-1, 1], overshoot allowed, as PIL pictures."""
     pixels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(p) for p in pixels]
+
+
+def contact_sheet(cells: list[tuple[Image.Image, str]], columns: int = 8, lines: int = 3) -> Image.Image:
+    """Pictures of one size, row by row, each with up to `lines` lines of text below it."""
+    font, (width, height), label = ImageFont.load_default(10), cells[0][0].size, 12 * lines + 6
+    page = Image.new("RGB", (columns * (width + 6), -(-len(cells) // columns) * (height + label)), "white")
+    draw = ImageDraw.Draw(page)
+    for k, (picture, text) in enumerate(cells):
+        x, y, wrapped = k % columns * (width + 6) + 3, k // columns * (height + label) + 2, [""]
+        page.paste(picture, (x, y))
+        for word in text.split():
+            longer = f"{wrapped[-1]} {word}".strip()
+            wrapped[-1:] = [longer] if draw.textlength(longer, font=font) < width else [wrapped[-1], word]
+        draw.text((x, y + height), "\n".join(wrapped[:lines]), fill=0, font=font, spacing=0)
+    return page
+
+
+def save_image(image: Image.Image, path: str | Path, **options):
+    """Write a picture under a temporary name, then rename it. The format follows the suffix; options are Pillow's."""
+    format = Image.registered_extensions()[Path(path).suffix.lower()]
+    with replacing(path) as temporary:
+        image.save(temporary, format=format, **options)

@@ -4,7 +4,6 @@ A step is a function of its number: `loss_fn(step)` draws the same batch and noi
 a run that was stopped and repeated is, bit for bit on a CPU, the run that was not.
 """
 import json
-import os
 import signal
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .muon import Muon
+from .tensorfiles import replacing
 
 
 def seeded(*numbers) -> torch.Generator:
@@ -64,16 +64,6 @@ def lr_scale(step: int, steps: int, warmup: int, cooldown: float) -> float:
     return min(rise, fall)
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]):
-    """Call `write` with a temporary name beside `path`, then rename: a reader never sees half a file."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def fit(module: nn.Module, loss_fn: Callable, folder: Path, *, steps: int, minutes: float | None = None, lr: float = 1e-4,
         optimizer: str = "adamw", warmup: int = 100, cooldown: float = 0.0, ema_decay: float = 0.9999,
         clip_norm: float = 1.0, save_minutes: float = 3.0, sheet_minutes: float = 10.0, sheet: Callable | None = None,
@@ -105,7 +95,8 @@ def fit(module: nn.Module, loss_fn: Callable, folder: Path, *, steps: int, minut
     def save():
         record = dict(model=module.state_dict(), ema=ema.weights, ema_updates=ema.updates, config=config, step=step,
                       opt=[o.state_dict() for o in optimizers], seconds=seconds)
-        write_atomically(last, lambda path: torch.save(record, path))
+        with replacing(last) as temporary:
+            torch.save(record, temporary)
 
     stop = []
     handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -163,6 +154,6 @@ def _draw(module, ema, sheet, path):
     ema.swap(module)
     module.eval()
     with torch.no_grad():
-        write_atomically(path, sheet)
+        sheet(path)
     ema.swap(module)
     module.train()

@@ -9,7 +9,6 @@ device: backdrop crop, contact shadow, lit sprite, foam at a waterline, weather,
 """
 import argparse
 import json
-import os
 import random
 import zlib
 from dataclasses import dataclass, replace
@@ -18,9 +17,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 
 from . import world_words as words
+from .images import contact_sheet, save_image, to_images
 from .world_art import FILTERS, recolor, smooth, tiles
 
 SIZE = 128
@@ -379,41 +378,18 @@ def is_held_out(noun, place, color):
 
 # Contact sheets
 
-def sheet(cells, path, columns=8, label=46):
-    """Write (pixels (3, 128, 128) in [-1, 1], text) cells as one PNG."""
-    font, cell = ImageFont.load_default(10), SIZE + 6
-    page = Image.new("RGB", (columns * cell, -(-len(cells) // columns) * (SIZE + label)), "white")
-    draw = ImageDraw.Draw(page)
-    for k, (picture, text) in enumerate(cells):
-        x, y, lines = k % columns * cell + 3, k // columns * (SIZE + label) + 2, [""]
-        page.paste(to_image(picture), (x, y))
-        for word in text.split():
-            longer = f"{lines[-1]} {word}".strip()
-            lines[-1:] = [longer] if draw.textlength(longer, font=font) < SIZE else [lines[-1], word]
-        draw.text((x, y + SIZE), "\n".join(lines), fill=0, font=font, spacing=0)
-    save(page, path)
-
-
-def to_image(picture):
-    return Image.fromarray(((picture + 1) * 127.5 + .5).byte().permute(1, 2, 0).cpu().contiguous().numpy())
-
-
-def save(image, path):
-    temporary = path.with_name(path.name + ".tmp")
-    image.save(temporary, format="PNG")
-    os.replace(temporary, path)
-
-
 def main(args):
     world, out = World(args.device, args.subset), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    sheet(list(zip(*world.pictures(args.seed, 0, 96))), out / "scenes.png", columns=12)
+    pixels, captions = world.pictures(args.seed, 0, 96)
+    save_image(contact_sheet(list(zip(to_images(pixels), captions)), columns=12), out / "scenes.png")
     for split in SPLITS:
         cells = []
         for kind in KINDS:
-            for before, after, edit in zip(*world.pairs(args.seed, 0, 10, split, kind)):
+            before, after, edits = world.pairs(args.seed, 0, 10, split, kind)
+            for before, after, edit in zip(to_images(before), to_images(after), edits):
                 cells += [(before, edit.caption), (after, f"[{edit.instruction}] {edit.edited_caption}")]
-        sheet(cells, out / f"edits-{split}.png", columns=10, label=68)
+        save_image(contact_sheet(cells, columns=10, lines=5), out / f"edits-{split}.png")
     print(f"wrote {out}/scenes.png and edits of the splits {', '.join(SPLITS)}")
 
 

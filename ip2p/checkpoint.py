@@ -1,0 +1,458 @@
+"""Stable Diffusion and InstructPix2Pix checkpoints, in and out.
+
+Two layouts are read and written: the original single file (.safetensors or .ckpt) and the diffusers folder. What the
+tensors cannot tell (heads, norm groups, the latents' scale) stands in a folder's config.json files, or, in a file of
+ours, as JSON under the key "ip2p" of its metadata; other files are taken to be Stable Diffusion's own.
+"""
+import copy
+import json
+import re
+import shutil
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from . import keys
+from .tensorfiles import read_state_dict, replacing, write_safetensors
+from .text import TextConfig, TextEncoder, Tokenizer, import_open_clip
+from .unet import UNet, UNetConfig
+from .vae import AutoencoderKL, VAEConfig
+
+# What the original's files hold beside weights: the noise schedule, an optimiser's or loss's own, constants of CLIP.
+IGNORED = re.compile(r"betas|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_.*|posterior_.*|logvar|lvlb_weights|"
+                     r"model_ema\.(decay|num_updates)|first_stage_model\.(loss\..*|model_ema\.(decay|num_updates))|"
+                     r"cond_stage_model\.((transformer|model)\.)?(logit_scale|attn_mask)|.*\.position_ids")
+SD1_TEXT = dict(quick_gelu=True, skip_last=0, pad_with_end=True)
+SD2_TEXT = dict(quick_gelu=False, skip_last=1, pad_with_end=False)
+SCHEDULE = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+PREDICTION = {"eps": "epsilon", "v": "v_prediction"}
+MODELS = {"unet": (UNet, UNetConfig), "vae": (AutoencoderKL, VAEConfig), "text": (TextEncoder, TextConfig)}
+
+
+@dataclass
+class Parts:
+    """What a checkpoint holds. Models are in eval mode and ask for no gradients."""
+    unet: UNet
+    vae: AutoencoderKL
+    text: TextEncoder
+    parameterization: str      # what the UNet predicts: "eps" or "v"
+    image_size: int            # the side of the pictures it was trained at
+    metadata: dict             # the file's `ip2p` record: training data, steps, score, configurations; {} if none
+
+
+@dataclass
+class Found:
+    """What was read, before models are built of it: by part, tensors under our names and known configuration fields."""
+    path: Path
+    tensors: dict[str, dict] = field(default_factory=dict)
+    known: dict[str, dict] = field(default_factory=lambda: {part: {} for part in MODELS})
+    record: dict = field(default_factory=dict)
+    parameterization: str | None = None
+    image_size: int | None = None
+
+
+# ---- in ----
+
+def load_checkpoint(path, *, device=None, dtype=None, vae=None, in_channels=None, parameterization=None) -> Parts:
+    """Opens a checkpoint: a file, a diffusers folder, or a Hugging Face id "name/model".
+
+    device: where to put the models (None leaves them on the CPU, memory-mapped); dtype: None for float32.
+    vae: a file or folder whose VAE is used instead of the checkpoint's. in_channels: widen the UNet's input to this many
+    channels; the new ones start at zero. parameterization: "eps" or "v", where the file does not say or is wrong.
+    Raises ValueError, one line naming the file, for anything that is not a complete checkpoint.
+    """
+    if parameterization not in (None, *PREDICTION):
+        raise ValueError(f'parameterization must be "eps" or "v", got {parameterization!r}')
+    local = _locate(path)
+    found = _read_folder(local) if local.is_dir() else _read_file(local)
+    if vae is not None:
+        found.tensors["vae"], found.known["vae"] = _read_vae(_locate(vae))
+    for part, name in (("vae", "VAE"), ("text", "text encoder")):
+        if not found.tensors.get(part):
+            raise ValueError(f"{local}: holds no {name}" + ("; name one with `vae`" if part == "vae" else ""))
+    import_open_clip()                                   # not on the meta device, where models are built
+    where = {"unet": local, "vae": vae or local, "text": local}
+    unet, vae, text = (_build(part, found, where[part], device, dtype or torch.float32, in_channels) for part in MODELS)
+
+    is_sd2 = unet.config.context_dim == 1024
+    steps = found.record.get("global_step")
+    if set(found.record) == {"global_step"}:             # the only thing a foreign file tells
+        found.record = {}
+    guess = "v" if is_sd2 and steps != 875000 else "eps"     # 875,000 steps: Stable Diffusion 2 base
+    if is_sd2 and not (parameterization or found.parameterization):
+        print(f'ip2p: {path} does not say what it predicts; taking "{guess}". If pictures come out as noise, pass '
+              f'parameterization="{"eps" if guess == "v" else "v"}"', file=sys.stderr)
+    parameterization = parameterization or found.parameterization or guess
+    if parameterization not in PREDICTION:
+        raise ValueError(f'{local}: parameterization must be "eps" or "v", got {parameterization!r}')
+    image_size = found.image_size or (768 if is_sd2 and parameterization == "v" else 512)
+    return Parts(unet, vae, text, parameterization, image_size, found.record)
+
+
+def _locate(path):
+    """The local file or folder: `path` itself, or what is downloaded for a Hugging Face id."""
+    local = Path(path)
+    if local.exists():
+        return local
+    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path))
+    if not is_id or local.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
+        raise ValueError(f'{path}: no such file or folder, nor a Hugging Face id like "name/model"')
+    try:
+        import huggingface_hub
+        configs = ["model_index.json", "ip2p.json", "unet/config.json", "vae/config.json", "text_encoder/config.json",
+                   "scheduler/scheduler_config.json", "tokenizer/*.json"]
+        for variant in ("", ".fp16"):                    # half-precision copies only where there is nothing else
+            weights = [f"{stem}{ending}" for stem in
+                       ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
+                       for ending in (f"{variant}.safetensors", f"{variant}-0*.safetensors",
+                                      f".safetensors.index{variant}.json")]
+            local = Path(huggingface_hub.snapshot_download(str(path), allow_patterns=configs + weights))
+            if any((local / "unet").glob("*.safetensors")):
+                break
+        return local
+    except Exception as error:                           # offline, not found, gated, no huggingface_hub, ...
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(f"{path}: no such file or folder, and fetching it from Hugging Face failed "
+                         f"({type(error).__name__}: {reason}); the path of a local copy works too") from error
+
+
+def _below(tensors, prefix):
+    """What stands below a prefix, without it. Takes it out of `tensors`."""
+    return {name.removeprefix(prefix): tensors.pop(name) for name in [n for n in tensors if n.startswith(prefix)]}
+
+
+def _some(names):
+    names = sorted(names)
+    return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+
+
+def _read_file(path, use_shared=True):
+    """A single file in the original's layout."""
+    tensors, record = read_state_dict(path)
+    if all(name.startswith("module.") for name in tensors):              # saved from DistributedDataParallel
+        tensors = _below(tensors, "module.")
+    tensors = {name: tensor for name, tensor in tensors.items() if not IGNORED.fullmatch(name)}
+    names = list(tensors)
+    unet, ema = _below(tensors, "model.diffusion_model."), _below(tensors, "model_ema.")
+    vae = _below(tensors, "first_stage_model.")
+    hf, text = _below(tensors, "cond_stage_model.transformer."), _below(tensors, "cond_stage_model.model.")
+    if not unet:
+        raise ValueError(f"{path}: holds no UNet (model.diffusion_model.*) among its {_some(names)} tensors")
+    if tensors:
+        raise ValueError(f"{path}: unknown keys: {_some(tensors)}")
+    if ema:                                                              # what the original samples with
+        averaged = {name: ema.pop(keys.ema_name(name).removeprefix("model_ema."), None) for name in unet}
+        if missing := [name for name, tensor in averaged.items() if tensor is None]:
+            raise ValueError(f"{path}: its EMA copy lacks keys: {_some(map(keys.ema_name, missing))}")
+        if ema:
+            raise ValueError(f"{path}: unknown EMA keys: {_some(ema)}")
+        unet = averaged
+    found = Found(path, {"unet": unet, "vae": vae, "text": text or keys.text_from_hf(hf)}, record=record)
+    found.known = {part: record.get(part, {}) for part in MODELS}
+    if not all(isinstance(known, dict) for known in found.known.values()):
+        raise ValueError(f"{path}: its record of configurations is malformed")
+    found.known["text"] = {**(SD2_TEXT if text else SD1_TEXT), **found.known["text"]}
+    found.parameterization, found.image_size = record.get("parameterization"), record.get("image_size")
+    if use_shared and (name := record.get("shared")):
+        sibling = path.parent / Path(name).name                          # a plain name: nothing outside of the folder
+        if not sibling.is_file():
+            raise ValueError(f"{path}: its VAE and text encoder are in {Path(name).name}, which is missing beside it")
+        other = _read_file(sibling, use_shared=False)
+        for part in ("vae", "text"):
+            found.tensors[part], found.known[part] = other.tensors[part], other.known[part]
+    return found
+
+
+def _read_folder(path):
+    """A diffusers folder."""
+    if not (path / "unet").is_dir():
+        raise ValueError(f"{path}: not a diffusers folder (it has no unet/); a checkpoint is a .safetensors or .ckpt file, "
+                         f"or a folder with unet/, vae/ and text_encoder/")
+    for part in ("vae", "text_encoder"):
+        if not (path / part).is_dir():
+            raise ValueError(f"{path}: an incomplete diffusers folder (it has no {part}/)")
+    found = Found(path, record=_json(path / "ip2p.json"))
+
+    config = _json(path / "unet/config.json")
+    _require(path / "unet/config.json", config, act_fn="silu", norm_eps=1e-5, flip_sin_to_cos=True, freq_shift=0,
+             center_input_sample=False, mid_block_scale_factor=1, resnet_time_scale_shift="default", class_embed_type=None,
+             time_embedding_type="positional", downsample_padding=1, _class_name="UNet2DConditionModel")
+    found.tensors["unet"] = keys.unet_from_diffusers(_weights(path / "unet"))
+    if config:
+        # diffusers calls the number of heads `attention_head_dim`; Stable Diffusion 2 has one for each level
+        heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
+        heads = heads if isinstance(heads, list) else [heads]
+        sizes = {c // h for c, h in zip(config.get("block_out_channels", ()), heads)}
+        if len(set(heads)) == 1:
+            found.known["unet"] = dict(num_heads=heads[0], head_channels=None)
+        elif len(sizes) == 1:
+            found.known["unet"] = dict(num_heads=None, head_channels=sizes.pop())
+        else:
+            raise ValueError(f"{path}: heads of {heads} are neither equally many nor equally wide at every level")
+        found.known["unet"]["norm_groups"] = config.get("norm_num_groups", 32)
+
+    found.tensors["vae"], found.known["vae"] = _read_vae(path / "vae")
+    if isinstance(config.get("sample_size"), int):
+        levels = sum(name.endswith("downsample.conv.weight") for name in found.tensors["vae"])
+        found.image_size = config["sample_size"] * 2 ** levels
+
+    config = _json(path / "text_encoder/config.json")
+    _require(path / "text_encoder/config.json", config, layer_norm_eps=1e-5)
+    act = config.get("hidden_act", "quick_gelu")
+    if act not in ("quick_gelu", "gelu"):
+        raise ValueError(f"{path}: hidden_act must be quick_gelu or gelu, got {act!r}")
+    found.tensors["text"] = keys.text_from_hf(_weights(path / "text_encoder", "model", "pytorch_model"))
+    special = {**_json(path / "tokenizer/tokenizer_config.json"), **_json(path / "tokenizer/special_tokens_map.json")}
+    pad, end = (token.get("content") if isinstance(token, dict) else token
+                for token in (special.get("pad_token"), special.get("eos_token")))
+    found.known["text"] = dict(quick_gelu=act == "quick_gelu", skip_last=0,      # Stable Diffusion 2 pads with "!", id 0
+                               pad_with_end=act == "quick_gelu" if pad is None else pad == end)
+    if "num_attention_heads" in config:
+        found.known["text"]["heads"] = config["num_attention_heads"]
+
+    config = _json(path / "scheduler/scheduler_config.json")
+    _require(path / "scheduler/scheduler_config.json", config, **SCHEDULE, rescale_betas_zero_snr=False, trained_betas=None)
+    if config:
+        predicts = config.get("prediction_type", "epsilon")
+        found.parameterization = {theirs: ours for ours, theirs in PREDICTION.items()}.get(predicts, predicts)
+    return found
+
+
+def _read_vae(path):
+    """Tensors and known configuration of a VAE: a file of its own, a checkpoint, or a diffusers folder of or with one."""
+    if path.is_file():
+        tensors, record = read_state_dict(path)
+        known = record.get("vae", {})
+        if inner := _below(dict(tensors), "first_stage_model."):
+            tensors = inner
+        tensors = {name: tensor for name, tensor in tensors.items() if not IGNORED.fullmatch(f"first_stage_model.{name}")}
+    else:
+        path = path / "vae" if (path / "vae").is_dir() else path
+        tensors, config = _weights(path), _json(path / "config.json")
+        _require(path / "config.json", config, act_fn="silu", shift_factor=None, latents_mean=None)
+        known = {ours: config[theirs] for ours, theirs in (("norm_groups", "norm_num_groups"),
+                                                           ("scale_factor", "scaling_factor")) if theirs in config}
+    return keys.vae_from_diffusers(tensors), known
+
+
+def _json(path):
+    """The object in a JSON file, {} where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return value
+
+
+def _require(path, config, **values):
+    for name, value in values.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"{path}: {name} must be {value!r}, got {config[name]!r}")
+
+
+def _weights(folder, *stems):
+    """All tensors of one part of a diffusers folder; full precision before .fp16, safetensors before pickles."""
+    stems = stems or ("diffusion_pytorch_model",)
+    for variant in ("", ".fp16"):
+        for stem in stems:
+            for ending in ("safetensors", "bin"):
+                file, *indices = (folder / name for name in (
+                    f"{stem}{variant}.{ending}", f"{stem}.{ending}.index{variant}.json",
+                    f"{stem}{variant}.{ending}.index.json"))
+                if file.is_file():
+                    return read_state_dict(file)[0]
+                for index in filter(Path.is_file, indices):
+                    shards = sorted({Path(name).name for name in _json(index).get("weight_map", {}).values()})
+                    return {name: tensor for shard in shards for name, tensor in read_state_dict(folder / shard)[0].items()}
+    raise ValueError(f"{folder}: no weights ({stems[0]}.safetensors or the like)")
+
+
+def _build(part, found, path, device, dtype, in_channels):
+    """A model of the tensors found, which are used in place where device and dtype allow."""
+    tensors = dict(found.tensors[part])
+    model_class, config_class = MODELS[part]
+    what = {"unet": "UNet", "vae": "VAE", "text": "text encoder"}[part]
+    try:
+        config = keys.config_from(config_class, tensors, found.known[part])
+        if part == "unet" and in_channels is not None and in_channels != config.in_channels:
+            weight = tensors["input_blocks.0.0.weight"]
+            if in_channels < config.in_channels:
+                raise ValueError(f"has {config.in_channels} input channels, which cannot be narrowed to {in_channels}")
+            new = weight.new_zeros(weight.shape[0], in_channels - config.in_channels, *weight.shape[2:])
+            tensors["input_blocks.0.0.weight"] = torch.cat([weight, new], dim=1)
+            config = replace(config, in_channels=in_channels)
+        with torch.device("meta"):                       # names and shapes only: no memory, no random numbers
+            model = model_class(config)
+    except KeyError as error:
+        raise ValueError(f"{path}: its {what} lacks the key {error.args[0]}") from error
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError, AssertionError) as error:
+        raise ValueError(f"{path}: its {what}: {error}") from error
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    problems = []
+    if missing := wanted.keys() - tensors.keys():
+        problems.append(f"missing keys: {_some(missing)}")
+    if extra := tensors.keys() - wanted.keys():
+        problems.append(f"unknown keys: {_some(extra)}")
+    if wrong := [f"{n} is {tuple(tensors[n].shape)} instead of {tuple(wanted[n])}" for n in wanted.keys() & tensors.keys()
+                 if tensors[n].shape != wanted[n] or not tensors[n].is_floating_point()]:
+        problems.append(f"misshapen keys: {_some(wrong)}")
+    if problems:
+        raise ValueError(f"{path}: its {what} has {'; '.join(problems)}")
+    model.load_state_dict({name: tensors[name].to(device=device, dtype=dtype) for name in wanted}, assign=True)
+    assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()]), "a tensor outside of the state_dict"
+    return model.eval().requires_grad_(False)
+
+
+def load_vae(path, device=None, dtype=None) -> AutoencoderKL:
+    """Opens an autoencoder alone: from a file of its own, a checkpoint, or a diffusers folder. Arguments and errors as for
+    `load_checkpoint`."""
+    local = _locate(path)
+    found = Found(local)
+    found.tensors["vae"], found.known["vae"] = _read_vae(local)
+    return _build("vae", found, local, device, dtype or torch.float32, None)
+
+
+# ---- out ----
+
+def save_vae(vae: AutoencoderKL, path, metadata=None):
+    """Writes an autoencoder alone, as safetensors, under its names without prefix."""
+    record = {**(metadata or {}), "vae": asdict(vae.config)}
+    with replacing(path) as temporary:
+        write_safetensors(temporary, vae.state_dict(), {"ip2p": json.dumps(record)})
+
+
+def save_checkpoint(parts: Parts, path, layout="ldm", metadata=None, shared=None, dtype=None):
+    """Writes a checkpoint that Stable Diffusion programs open.
+
+    layout: "ldm" for one file in the original's layout (.safetensors; .ckpt, .pt and .pth are pickles), "diffusers" for
+    a folder. metadata: the training record to write, `parts.metadata` if None. shared: the name of a file in the same
+    folder that holds the VAE and the text encoder, which are then left out of this one. dtype: of the numbers in a single
+    file; the models' own if None.
+    The old file or folder is replaced only once the new one is complete. ValueError for what cannot be written.
+    """
+    path = Path(path)
+    record = copy.deepcopy(parts.metadata if metadata is None else metadata)
+    record |= dict(parameterization=parts.parameterization, image_size=parts.image_size)
+    record.pop("shared", None)
+    if layout == "diffusers":
+        if shared:
+            raise ValueError("a diffusers folder holds all of its parts: `shared` goes with layout=\"ldm\"")
+        if path.exists() and not (path.is_dir() and ((path / "model_index.json").exists() or not any(path.iterdir()))):
+            raise ValueError(f"{path}: exists and is not a diffusers folder; not overwritten")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            _write_folder(parts, temporary, record)
+        return
+    if layout != "ldm":
+        raise ValueError(f'layout must be "ldm" or "diffusers", got {layout!r}')
+    if path.suffix not in (".safetensors", ".ckpt", ".pt", ".pth"):
+        raise ValueError(f"{path}: the name of a checkpoint file ends in .safetensors or .ckpt")
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder")
+    if shared and Path(shared).name != shared:
+        raise ValueError(f"`shared` must be the plain name of a file in the same folder, got {shared!r}")
+
+    tensors = {f"model.diffusion_model.{name}": t for name, t in parts.unet.state_dict().items()}
+    record["unet"] = asdict(parts.unet.config)
+    if shared:
+        record = {key: value for key, value in record.items() if key not in ("vae", "text")} | {"shared": shared}
+    else:
+        text, config = _as_published(parts.text)
+        record |= {"vae": asdict(parts.vae.config), "text": asdict(config)}
+        prefix = "cond_stage_model.model."
+        if config.quick_gelu:
+            prefix, text = "cond_stage_model.transformer.", keys.text_to_hf(text)
+        tensors |= {f"first_stage_model.{name}": t for name, t in parts.vae.state_dict().items()}
+        tensors |= {prefix + name: t for name, t in text.items()}
+    tensors = {name: t.to(dtype or t.dtype) for name, t in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        if path.suffix == ".safetensors":
+            write_safetensors(temporary, tensors, {"ip2p": json.dumps(record)})
+        else:
+            tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+            torch.save({"state_dict": tensors, "ip2p": json.loads(json.dumps(record))}, temporary)
+
+
+def _as_published(text):
+    """Tensors and config of the text encoder as the original files hold it. Diffusers drops Stable Diffusion 2's unused
+    24th layer, which programs that open the original layout expect: one that changes nothing takes its place."""
+    config, tensors = text.config, text.state_dict()
+    if (config.width, config.layers, config.skip_last, config.quick_gelu) == (1024, 23, 0, False):
+        for name in [name for name in tensors if name.startswith("transformer.resblocks.22.")]:
+            tensors[name.replace(".22.", ".23.")] = torch.zeros_like(tensors[name])
+        config = replace(config, layers=24, skip_last=1)
+    return tensors, config
+
+
+def _write_folder(parts, path, record):
+    """A diffusers folder that its pipelines open."""
+    u, v, t = parts.unet.config, parts.vae.config, parts.text.config
+    kinds = {v.z_channels: "StableDiffusionPipeline", 2 * v.z_channels: "StableDiffusionInstructPix2PixPipeline"}
+    if u.in_channels not in kinds:
+        raise ValueError(f"no diffusers pipeline for {u.in_channels} input channels and latents of {v.z_channels}")
+    if u.channel_mult[0] != 1 or v.channel_mult[0] != 1:
+        raise ValueError("diffusers has no models whose first level is wider than their first convolution")
+    widths = [u.model_channels * m for m in u.channel_mult]
+    down = ["CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in u.attention_levels]
+    vae_widths = [v.channels * m for m in v.channel_mult]
+    layers = t.layers - t.skip_last
+    configs = {
+        "model_index": {
+            "_class_name": kinds[u.in_channels], "_diffusers_version": "0.18.0", "feature_extractor": [None, None],
+            "requires_safety_checker": False, "safety_checker": [None, None], "scheduler": ["diffusers", "DDIMScheduler"],
+            "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+            "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]},
+        "unet/config": {
+            "_class_name": "UNet2DConditionModel", "sample_size": parts.image_size // v.downsampling,
+            "in_channels": u.in_channels, "out_channels": u.out_channels, "block_out_channels": widths,
+            "layers_per_block": u.num_res_blocks, "down_block_types": down, "mid_block_type": "UNetMidBlock2DCrossAttn",
+            "up_block_types": [name.replace("Down", "Up") for name in reversed(down)],
+            "attention_head_dim": u.num_heads if u.head_channels is None else [u.heads(c) for c in widths],
+            "cross_attention_dim": u.context_dim, "transformer_layers_per_block": u.transformer_depth,
+            "use_linear_projection": u.linear_proj, "norm_num_groups": u.norm_groups, "norm_eps": 1e-5, "act_fn": "silu",
+            "flip_sin_to_cos": True, "freq_shift": 0, "center_input_sample": False, "downsample_padding": 1},
+        "vae/config": {
+            "_class_name": "AutoencoderKL", "sample_size": parts.image_size, "in_channels": v.in_channels,
+            "out_channels": v.in_channels, "latent_channels": v.z_channels, "block_out_channels": vae_widths,
+            "layers_per_block": v.num_res_blocks, "down_block_types": ["DownEncoderBlock2D"] * len(vae_widths),
+            "up_block_types": ["UpDecoderBlock2D"] * len(vae_widths), "norm_num_groups": v.norm_groups,
+            "scaling_factor": v.scale_factor, "act_fn": "silu"},
+        "text_encoder/config": {
+            "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "vocab_size": t.vocab_size,
+            "hidden_size": t.width, "intermediate_size": 4 * t.width, "num_hidden_layers": layers,
+            "num_attention_heads": t.heads, "max_position_embeddings": t.context_length, "layer_norm_eps": 1e-5,
+            "hidden_act": "quick_gelu" if t.quick_gelu else "gelu", "bos_token_id": t.vocab_size - 2,
+            "eos_token_id": t.vocab_size - 1, "pad_token_id": t.vocab_size - 1 if t.pad_with_end else 0,
+            "projection_dim": t.projection_dim or t.width},
+        "scheduler/scheduler_config": {              # the original's DDIM
+            "_class_name": "DDIMScheduler", **SCHEDULE, "prediction_type": PREDICTION[parts.parameterization],
+            "timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False},
+        "ip2p": {key: value for key, value in record.items() if key not in MODELS}}     # those have their own configs
+    text = {name: tensor for name, tensor in parts.text.state_dict().items() if name != "text_projection"
+            and not any(name.startswith(f"transformer.resblocks.{i}.") for i in range(layers, t.layers))}
+    weights = {"unet/diffusion_pytorch_model": keys.unet_to_diffusers(parts.unet.state_dict(), u),
+               "vae/diffusion_pytorch_model": keys.vae_to_diffusers(parts.vae.state_dict(), v),
+               "text_encoder/model": keys.text_to_hf(text)}
+    end = "<|endoftext|>"
+    bpe = Tokenizer(t).bpe
+    vocab = dict(zip([*list(bpe.encoder)[:-2], "<|startoftext|>", end], range(t.vocab_size)))
+    # Id 0 is "!", but naming that as the padding, as Stable Diffusion 2 does, would turn a prompt's "!" into padding too.
+    pad = end if t.pad_with_end else "<|pad|>"
+    vocab.setdefault(pad, 0)
+    special = dict(bos_token="<|startoftext|>", eos_token=end, unk_token=end, pad_token=pad)
+    configs["tokenizer/special_tokens_map"] = special
+    configs["tokenizer/tokenizer_config"] = {"tokenizer_class": "CLIPTokenizer", "model_max_length": t.context_length,
+                                             "do_lower_case": True, "errors": "replace", **special}
+    configs["tokenizer/vocab"] = vocab
+    for name, config in configs.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / f"{name}.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    merges = ["#version: 0.2", *(" ".join(pair) for pair in bpe.bpe_ranks)]
+    (path / "tokenizer/merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
+    for name, tensors in weights.items():
+        write_safetensors(path / f"{name}.safetensors", tensors, {})

@@ -1,0 +1,186 @@
+"""Load a model, edit a picture: what `sample.py` and your own code call.
+
+    model = InstructPix2Pix.load("weights/mini-ip2p.safetensors")
+    picture, = model.edit(Image.open("fox.png"), "make it night")
+"""
+import math
+from typing import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .checkpoint import Parts, load_checkpoint, save_checkpoint
+from .guidance import instruct_denoiser, text_denoiser
+from .images import check_shape, model_size, to_images, to_pixels, to_rgb
+from .samplers import SAMPLERS
+from .schedule import eps_from_v, make_alphas_cumprod
+from .text import Tokenizer
+
+
+class InstructPix2Pix:
+    """A UNet, an autoencoder and a text encoder that edit pictures; or, with a text-to-image UNet, that make them.
+
+    unet(x, t, context), vae.encode(pixels), vae.decode(z) and encode_text(prompts) may be called directly.
+    """
+
+    def __init__(self, parts: Parts):
+        self.parts = parts
+        self.unet, self.vae, self.text = parts.unet, parts.vae, parts.text
+        self.tokenizer = Tokenizer(parts.text.config)
+        self.alphas_cumprod = make_alphas_cumprod()
+
+    @classmethod
+    def load(cls, path_or_repo_id, device=None, dtype=None, vae=None, *, in_channels=None, parameterization=None):
+        """Open a checkpoint: a .safetensors or .ckpt file, a diffusers folder, or the id of one on the hub.
+
+        device, dtype: where the weights go and as what; CPU and float32 if not given. vae: a separate autoencoder file.
+        in_channels: 8 opens a text-to-image checkpoint widened for editing, its new weights zero.
+        parameterization: "eps" or "v", what the UNet predicts; read or guessed if not given.
+        Raises ValueError, in one line, for what is missing, damaged or not such a model.
+        """
+        return cls(load_checkpoint(path_or_repo_id, device=device, dtype=dtype, vae=vae, in_channels=in_channels,
+                                   parameterization=parameterization))
+
+    def save(self, path, layout="ldm"):
+        """Write the model as one file in the public layout ("ldm") or as a diffusers folder ("diffusers")."""
+        save_checkpoint(self.parts, path, layout, metadata=self.parts.metadata)
+
+    @property
+    def is_editor(self) -> bool:
+        """Whether the UNet takes image latents beside the noisy ones."""
+        return self.unet.config.in_channels == 2 * self.vae.config.z_channels
+
+    @property
+    def size_multiple(self) -> int:
+        """Pictures given to the model have sides that are multiples of this: 64 for Stable Diffusion."""
+        return self.vae.config.downsampling * 2 ** (len(self.unet.config.channel_mult) - 1)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.unet.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.unet.parameters()).dtype
+
+    @torch.no_grad()
+    def encode_text(self, prompts: list[str]) -> Tensor:
+        """The context of each prompt, (B, M, D): (B, 77, 768) for Stable Diffusion 1. Long prompts lose their end."""
+        return self.text(self.tokenizer(prompts).to(self.device))
+
+    def predict(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        """eps of the noisy latents in x, whatever the UNet predicts.
+
+        x: (B, z or 2 z, h, w) float32, noisy latents first; t: (B,); context: (B, M, D). Returns (B, z, h, w) float32.
+        """
+        out = self.unet(x.to(self.dtype), t, context.to(self.dtype)).float()
+        if self.parts.parameterization == "v":
+            out = eps_from_v(out, x[:, :out.shape[1]], t, self.alphas_cumprod)
+        return out
+
+    @torch.no_grad()
+    def edit(self, images, prompts, *, steps=20, sampler="ddim", cfg_text=7.5, cfg_image=1.5, negative_prompt="", seed=0,
+             num_images=1, size=None, x_T=None, eta=0.0, progress=True) -> list[Image.Image]:
+        """Edit pictures as told.
+
+        images, prompts: one PIL picture and one instruction, or a list of either; one goes with all of the other.
+        steps: 1..1000. sampler: "ddim" or "euler-ancestral". eta: DDIM's share of fresh noise.
+        cfg_text, cfg_image: guidance scales; more of the first follows the instruction, of the second keeps the picture.
+        negative_prompt: what guidance leads away from, in the place of "".
+        seed: of the first picture made from an input; the next have seed + 1, ...: `num_images` of each.
+        size: the long side in the model, rounded to `size_multiple`; the model's own if None.
+        x_T: the noise to start from instead, (pictures, z, h, w) of unit variance, if all pictures have one size.
+        Returns the pictures at the size they were made at, `num_images` of each input in a row. A blank instruction
+        gives the picture back through the autoencoder. Raises ValueError for what cannot be done.
+        """
+        if not self.is_editor:
+            raise ValueError(f"this model's UNet takes {self.unet.config.in_channels} channels: it makes pictures from text "
+                             f"(use generate); an editor takes {2 * self.vae.config.z_channels}")
+        check_settings(steps, sampler, num_images, cfg_text=cfg_text, cfg_image=cfg_image, eta=eta)
+        images, prompts = _pair_up(images, prompts)
+        images = [to_rgb(image) for image in images]                      # upright before anything looks at their sizes
+        for image in images:
+            check_shape(image)
+        sizes = [model_size(*image.size, size or self.parts.image_size, self.size_multiple) for image in images]
+        if x_T is not None and len(set(sizes)) > 1:
+            raise ValueError(f"x_T needs pictures of one size, got {sorted(set(sizes))}")
+
+        results = [None] * len(images)
+        for width, height in dict.fromkeys(sizes):                        # pictures of one size make one batch
+            batch = [i for i, s in enumerate(sizes) if s == (width, height)]
+            pixels = torch.stack([to_pixels(images[i], width, height) for i in batch])
+            image_latents = self.vae.encode(pixels.to(self.device, self.dtype)).mode().float()
+            told = [j for j, i in enumerate(batch) if prompts[i].strip()]
+            latents = image_latents.repeat_interleave(num_images, 0)      # what blank instructions give back
+            if told:
+                texts = [prompts[batch[j]] for j in told for _ in range(num_images)]
+                chosen = image_latents[told].repeat_interleave(num_images, 0)
+                denoise = instruct_denoiser(self.predict, self.encode_text(texts), self._null(negative_prompt, len(texts)),
+                                            chosen, cfg_text, cfg_image)
+                z = self._sample(denoise, chosen.shape, steps, sampler, seed, num_images, x_T, eta, progress)
+                rows = [j * num_images + k for j in told for k in range(num_images)]
+                latents[rows] = z / self.vae.config.scale_factor
+            pictures = to_images(self.vae.decode(latents.to(self.dtype)))
+            for j, i in enumerate(batch):
+                results[i] = pictures[j * num_images:(j + 1) * num_images]
+        return [picture for row in results for picture in row]
+
+    @torch.no_grad()
+    def generate(self, prompts, *, steps=20, sampler="ddim", cfg_text=7.5, negative_prompt="", seed=0, num_images=1, size=None,
+                 x_T=None, eta=0.0, progress=True) -> list[Image.Image]:
+        """Make pictures from text, with a text-to-image checkpoint. size: the side, or (width, height); the rest as in
+        `edit`. Returns `num_images` of each prompt in a row."""
+        if self.is_editor:
+            raise ValueError("this model edits pictures (use edit); generate needs a text-to-image checkpoint")
+        check_settings(steps, sampler, num_images, cfg_text=cfg_text, eta=eta)
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        width, height = (size or self.parts.image_size,) * 2 if not isinstance(size, Sequence) else size
+        if min(width, height) < 1 or width % self.size_multiple or height % self.size_multiple:
+            raise ValueError(f"width and height must be multiples of {self.size_multiple}, got {width}x{height}")
+        texts = [p for p in prompts for _ in range(num_images)]
+        f = self.vae.config.downsampling
+        shape = (len(texts), self.vae.config.z_channels, height // f, width // f)
+        denoise = text_denoiser(self.predict, self.encode_text(texts), self._null(negative_prompt, len(texts)), cfg_text)
+        z = self._sample(denoise, shape, steps, sampler, seed, num_images, x_T, eta, progress)
+        return to_images(self.vae.decode((z / self.vae.config.scale_factor).to(self.dtype)))
+
+    def _null(self, negative_prompt, count):
+        return self.encode_text([negative_prompt]).expand(count, -1, -1)
+
+    def _sample(self, denoise, shape, steps, sampler, seed, num_images, x_T, eta, progress):
+        """Clean latents, float32. Each picture has a random stream of its own, so no batch changes it."""
+        streams = [torch.Generator().manual_seed(seed + i % num_images) for i in range(shape[0])]
+
+        def noise_like(x):
+            return torch.stack([torch.randn(x.shape[1:], generator=g) for g in streams]).to(x.device)
+
+        if x_T is None:
+            x_T = noise_like(torch.empty(shape, device=self.device))
+        elif x_T.shape != torch.Size(shape):
+            raise ValueError(f"x_T must be {tuple(shape)}, got {tuple(x_T.shape)}")
+        eta = eta if sampler == "ddim" else 1.0
+        return SAMPLERS[sampler](denoise, x_T.to(self.device, torch.float32), steps, self.alphas_cumprod, eta, noise_like, progress)
+
+
+def check_settings(steps, sampler, num_images, **scales):
+    """ValueError for settings that no sampler can follow."""
+    if not 1 <= steps <= 1000:
+        raise ValueError(f"steps must be in 1..1000, got {steps}")
+    if sampler not in SAMPLERS:
+        raise ValueError(f"the sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
+    if num_images < 1:
+        raise ValueError(f"num_images must be at least 1, got {num_images}")
+    for name, value in scales.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value}")
+
+
+def _pair_up(images, prompts):
+    """Lists of equal length; a single picture or instruction is repeated for all of the other."""
+    images = [images] if isinstance(images, Image.Image) else list(images)
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if len(images) != len(prompts) and 1 not in (len(images), len(prompts)):
+        raise ValueError(f"needed as many instructions as pictures, or one of either: got {len(prompts)} and {len(images)}")
+    count = max(len(images), len(prompts))
+    return (images * count if len(images) == 1 else images), (prompts * count if len(prompts) == 1 else prompts)

@@ -1,0 +1,263 @@
+"""Edit pictures as you say.
+
+    python sample.py --image ip2p/assets/examples/fox.png --prompt "make it night"
+    python sample.py --image ip2p/assets/examples/ --prompt "make it night" --grid --cfg-text 3 5 7.5 --cfg-image 1 1.5 2
+
+The second makes sheets that show what the two guidance scales do. Every prompt is applied to every picture; results
+are PNG files in outputs/ that record, as JSON in their text chunk "ip2p", what is needed to make them again.
+"""
+import argparse
+import json
+import re
+import sys
+import tempfile
+from itertools import chain, count, islice, product
+from pathlib import Path
+
+MINIATURE = Path(__file__).resolve().parent / "weights" / "mini-ip2p.safetensors"
+WRITTEN = (".png", ".jpg", ".jpeg", ".webp")
+READ = (*WRITTEN, ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm")           # what is taken from a folder
+
+
+def main(args):
+    """The exit status: 2 if a picture could not be read, else 0. ValueError for what can be put right."""
+    from tqdm import tqdm
+    from ip2p.grid import grid_sheet
+    from ip2p.pipeline import InstructPix2Pix
+
+    # Find out what cannot work, before anything slow.
+    paths = find_pictures(args.image)
+    bad = []
+    pictures = open_pictures(paths, bad)
+    first = list(islice(pictures, 1))
+    if not first:
+        return 2
+    folder, file = check_output(args.output, paths, len(paths) * len(args.prompt) * args.num_images)
+
+    # Load the model. It may know the settings that suit it.
+    if args.model == str(MINIATURE):
+        print("model: the miniature, which knows only the toy world it was trained on; for photographs, pass --model "
+              "path/to/instruct-pix2pix-00-22000.safetensors or --model timbrooks/instruct-pix2pix")
+    args.device, args.dtype, dtype = choose_device(args.device, args.dtype)
+    model = InstructPix2Pix.load(args.model, args.device, dtype, args.vae)
+    if not model.is_editor:
+        raise ValueError(f"{args.model}: not an editor: its UNet takes {model.unet.config.in_channels} channels, "
+                         f"InstructPix2Pix's {2 * model.vae.config.z_channels}")
+    own = model.parts.metadata
+    cfg_text, cfg_image = args.cfg_text or [own.get("cfg_text", 7.5)], args.cfg_image or [own.get("cfg_image", 1.5)]
+    settings = dict(negative_prompt=args.negative_prompt, sampler=args.sampler, eta=0.0 if args.sampler == "ddim" else 1.0,
+                    steps=args.steps or own.get("sample_steps", 20),       # its "steps" are those of its training
+                    size=args.size or model.parts.image_size)
+    record = settings | dict(cfg_text=cfg_text if args.grid else cfg_text[0],
+                             cfg_image=cfg_image if args.grid else cfg_image[0],
+                             model=Path(args.model).name if Path(args.model).exists() else args.model,
+                             vae=args.vae and Path(args.vae).name, dtype=args.dtype)
+    print(" ".join(f"{k}={v!r}" for k, v in record.items()), f"seed={args.seed} device={args.device}", flush=True)
+    note_prompts(model.tokenizer, args.prompt, args.negative_prompt)
+    if args.compile:
+        import torch
+        model.unet.forward = torch.compile(model.unet.forward)
+
+    # Edit a batch at a time, and save its results before the next.
+    jobs = ((*picture, prompt) for picture in chain(first, pictures) for prompt in args.prompt)
+    scales = list(product(cfg_image, cfg_text))
+    total = len(paths) * len(args.prompt) * args.num_images * len(scales)
+    one_run = total <= args.batch_size and len(scales) == 1                # shows its steps; several count pictures
+    with tqdm(total=total, unit="picture", disable=one_run) as bar:
+        for batch, seeds in runs(jobs, args):
+            _, images, prompts = zip(*batch)
+            results = []                                                   # by scale, then by job and seed
+            for image_scale, text_scale in scales:
+                results.append(model.edit(images, prompts, cfg_text=text_scale, cfg_image=image_scale, seed=seeds[0],
+                                          num_images=len(seeds), progress=one_run, **settings))
+                bar.update(len(results[-1]))
+            for ((path, image, prompt), seed), cells in zip(product(batch, seeds), zip(*results)):
+                if not args.keep_model_size:
+                    cells = [restore_size(cell, image, shrink=args.grid) for cell in cells]
+                result = grid_sheet(image, cells, prompt, cfg_text, cfg_image) if args.grid else cells[0]
+                words = [path.stem, prompt, *["grid"] * args.grid, *[str(seed)] * (args.num_images > 1)]
+                target = file or free_name(folder, words)
+                save(result, target, dict(image=path.name, prompt=prompt, seed=seed) | record)
+                bar.write(str(target))
+    return 2 if bad else 0
+
+
+def find_pictures(images):
+    """Paths of the files named, and of the pictures in the folders named."""
+    paths = []
+    for path in map(Path, images):
+        found = [path]
+        if path.is_dir():
+            found = sorted(p for p in path.glob("[!.]*") if p.suffix.lower() in READ and p.is_file())
+        if not found:
+            raise ValueError(f"{path}: a folder without pictures ({', '.join(READ)})")
+        paths += found
+    return paths
+
+
+def open_pictures(paths, bad):
+    """(path, picture) of those that can be read. The others are reported, and listed in `bad`."""
+    from tqdm import tqdm
+    from ip2p.images import open_image
+    for path in paths:
+        try:
+            yield path, open_image(path)
+        except ValueError as error:
+            bad.append(path)
+            tqdm.write(complaint(error), file=sys.stderr)
+
+
+def check_output(output, paths, results):
+    """(folder, file) to write to; the file is None where names are to be made. ValueError if nothing can be written."""
+    folder = file = Path(output)
+    if folder.is_dir() or folder.suffix.lower() not in READ:
+        file = None
+    elif file.suffix.lower() not in WRITTEN:
+        raise ValueError(f"--output {output}: pictures are written as {', '.join(WRITTEN)}")
+    elif results > 1:
+        raise ValueError(f"--output {output} is one file, but there will be {results} pictures: give a folder")
+    elif file.exists() and file.samefile(paths[0]):
+        raise ValueError(f"--output {output} is the picture to edit: give another name")
+    else:
+        folder = file.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"--output {output}: cannot be written ({error.strerror}); name another place") from None
+    return folder, file
+
+
+def choose_device(device, dtype):
+    """Names of the device and dtype, by default of what exists, and torch's dtype. ValueError if there is no such device."""
+    import torch
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        usable = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        reason = re.split(r"[.\n]", str(error))[0]
+        raise ValueError(f"--device {device}: cannot be used here ({reason}); there is {', '.join(usable)}") from None
+    dtype = dtype or ("bf16" if device.startswith("cuda") else "fp32")
+    return device, dtype, {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+
+
+def note_prompts(tokenizer, prompts, negative_prompt):
+    """Say what will not be taken at its word."""
+    room = tokenizer.config.context_length - 2                 # the start and end tokens take two places
+    for prompt in [*prompts, negative_prompt]:
+        tokens = tokenizer.encode(prompt)
+        if len(tokens) > room:
+            print(f"note: a prompt of {len(tokens)} tokens is longer than the model reads; its first {room} are kept: "
+                  f"{' '.join(prompt.split())[:40]}...", file=sys.stderr)
+    if not all(prompt.strip() for prompt in prompts):
+        print("note: an empty prompt gives the picture back, as it comes out of the autoencoder", file=sys.stderr)
+
+
+def runs(jobs, args):
+    """(jobs, seeds) of every call of the model, each for at most --batch-size results: the jobs times the seeds."""
+    most = min(args.num_images, args.batch_size)
+    while batch := list(islice(jobs, args.batch_size // most)):
+        for seed in range(args.seed, args.seed + args.num_images, most):
+            yield batch, range(seed, min(seed + most, args.seed + args.num_images))
+
+
+def restore_size(result, image, shrink):
+    """The result with its input's proportions, and at its input's size unless it is for a sheet, which stays smaller."""
+    from PIL import Image
+    long = max(result.size if shrink else image.size)
+    return result.resize([max(1, round(side * long / max(image.size))) for side in image.size], Image.Resampling.LANCZOS)
+
+
+def free_name(folder, words):
+    """A path like folder/fox-make-it-night.png that is not taken, with a number where that one is."""
+    name = re.sub(r"\W+", "-", "-".join(words[1:]).lower())
+    name = f"{words[0]}-{name}".encode(errors="ignore")[:180].decode(errors="ignore").strip("-")
+    names = chain([name], (f"{name}-{i}" for i in count(2)))
+    return next(path for path in (folder / f"{name}.png" for name in names) if not path.exists())
+
+
+def save(picture, path, record):
+    from PIL.PngImagePlugin import PngInfo
+    from ip2p.images import save_image
+    options = dict(quality=95)
+    if path.suffix.lower() == ".png":
+        options = dict(pnginfo=PngInfo())
+        options["pnginfo"].add_text("ip2p", json.dumps(record))
+    save_image(picture, path, **options)
+
+
+def complaint(error):
+    return f"sample.py: {' '.join(str(error).split())}"
+
+
+def run(argv=None):
+    """main, with one line on stderr for whatever the user can put right. Returns the exit status."""
+    args = parse(argv)
+    try:
+        return main(args)
+    except (ValueError, OSError) as error:
+        print(complaint(error), file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in f"{error!r}".lower():
+            raise
+        print("sample.py: out of memory; try a smaller --size or --batch-size, or --dtype bf16", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\nsample.py: stopped", file=sys.stderr)
+        return 130
+    return 2
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):                                  # one line, without the usage
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def within(kind, least, most):
+    """An argparse type: a finite number with bounds."""
+    def convert(text):
+        value = kind(text)
+        if not least <= value <= most:                         # NaN is not
+            raise argparse.ArgumentTypeError(f"must be in {least}..{most}, got {text}")
+        return value
+    convert.__name__ = kind.__name__                           # for argparse's own message
+    return convert
+
+
+def parse(argv=None):
+    p = Parser(prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag, scale = p.add_argument, within(float, -1000, 1000)
+    flag("--image", nargs="+", required=True, help="pictures to edit: files, or folders of them (no default)")
+    flag("--prompt", nargs="+", required=True, help="instructions, each for every picture (no default)")
+    flag("--model", default=str(MINIATURE), help="a .safetensors or .ckpt file, a diffusers folder, or an id on the Hugging "
+         "Face hub (default: weights/mini-ip2p.safetensors)")
+    flag("--vae", help="a file or folder with another autoencoder (default: the model's own)")
+    flag("--output", default="outputs", help="a folder, where results get names like fox-make-it-night.png that are not taken "
+         "yet; or a .png, .jpg or .webp file, for a single result (default: %(default)s)")
+    flag("--steps", type=within(int, 1, 1000), help="of the sampler (default: the model's own, else 20)")
+    flag("--sampler", choices=("ddim", "euler-ancestral"), default="ddim", help="default: %(default)s")
+    flag("--cfg-text", type=scale, nargs="+", help="how much to follow the instruction (default: the model's own, else 7.5)")
+    flag("--cfg-image", type=scale, nargs="+", help="how much to keep of the picture (default: the model's own, else 1.5)")
+    flag("--negative-prompt", default="", help="what to lead away from (default: nothing)")
+    flag("--seed", type=within(int, 0, 2 ** 63 - 1), default=0, help="of the noise (default: %(default)s)")
+    flag("--num-images", type=within(int, 1, 10000), default=1, help="results of each picture and instruction, with this seed "
+         "and the next ones (default: %(default)s)")
+    flag("--size", type=within(int, 8, 8192), help="long side of the picture in the model (default: the model's own)")
+    flag("--keep-model-size", action="store_true", help="leave results at that size (default: as large as the input)")
+    flag("--grid", action="store_true", help="a labelled sheet of each picture and instruction: --cfg-text and --cfg-image "
+         "may be several scales, all of which are combined (default: off)")
+    flag("--batch-size", type=within(int, 1, 10000), default=8, help="results made at a time (default: %(default)s)")
+    flag("--device", help="such as cpu, cuda or cuda:1 (default: cuda if there is one, else cpu)")
+    flag("--dtype", choices=("fp32", "fp16", "bf16"), help="of weights and arithmetic (default: bf16 on cuda, else fp32)")
+    flag("--compile", action="store_true", help="torch.compile the UNet: slow to start, then faster (default: off)")
+    args = p.parse_args(argv)
+    if args.grid and args.num_images > 1:
+        p.error(f"--grid makes one picture of each scale, so --num-images must be 1, got {args.num_images}")
+    for name, scales in (("--cfg-text", args.cfg_text), ("--cfg-image", args.cfg_image)):
+        if scales and len(scales) > 1 and not args.grid:
+            p.error(f"{name} takes several scales only with --grid, got {len(scales)}")
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,442 @@
+"""sample.py: pictures of every kind in, edits and sheets out, and one clear line for what cannot work."""
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ip2p import InstructPix2Pix
+from ip2p.checkpoint import Parts, save_checkpoint
+from ip2p.grid import grid_sheet
+from ip2p.images import open_image, to_images, to_pixels
+from ip2p.samplers import SAMPLERS
+from ip2p.text import TextConfig, TextEncoder
+from ip2p.unet import UNet, UNetConfig
+from ip2p.vae import AutoencoderKL, VAEConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+spec = importlib.util.spec_from_file_location("sample", ROOT / "sample.py")
+sample = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sample)
+
+
+# ---- a model of random weights, pictures, and the command
+
+def write_model(path, in_channels=8, **metadata):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = UNet(UNetConfig(in_channels=in_channels, model_channels=32, channel_mult=(1, 2), num_res_blocks=1,
+                               attention_levels=(True, True), context_dim=32, num_heads=2, norm_groups=8))
+        vae = AutoencoderKL(VAEConfig(channels=8, channel_mult=(1, 2, 2), num_res_blocks=1, norm_groups=4))
+        text = TextEncoder(TextConfig(vocab_size=514 + 200, context_length=16, width=32, layers=2, heads=2))
+        save_checkpoint(Parts(unet, vae, text, "eps", 32, metadata), path)
+    return path
+
+
+def colors(width, height, seed=0):
+    """Smooth, different at every edge, and different for every seed."""
+    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
+    channels = np.random.default_rng(seed).permutation([x, y, x * y, 1 - x * y])[:3]
+    return Image.fromarray((np.stack(channels, -1) * 255).round().astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    torch.set_num_threads(1)
+    return write_model(tmp_path_factory.mktemp("model") / "tiny.safetensors")
+
+
+@pytest.fixture
+def cli(model, tmp_path, capsys):
+    """Runs sample.py on a 48x32 picture; later flags replace earlier ones. Returns its status, stdout, stderr, results."""
+    colors(48, 32).save(tmp_path / "fox.png")
+    out = tmp_path / "out"
+
+    def run(*flags):
+        before = set(out.glob("*")) if out.is_dir() else set()
+        try:
+            code = sample.run(["--image", str(tmp_path / "fox.png"), "--prompt", "make it night", "--model", str(model),
+                               "--output", str(out), "--steps", "2", "--device", "cpu", *map(str, flags)])
+        except SystemExit as end:                              # argparse's
+            code = end.code
+        text = capsys.readouterr()
+        files = sorted(set(out.glob("*")) - before) if out.is_dir() else []
+        return SimpleNamespace(code=code, out=text.out, err=text.err, files=files, names=[f.name for f in files])
+
+    return run
+
+
+@pytest.fixture
+def refused(cli):
+    """Runs sample.py on what cannot work: exactly one line on stderr and status 2. Returns the line."""
+    def run(*flags):
+        result = cli(*flags)
+        assert result.code == 2 and not result.files, result
+        assert result.err.startswith("sample.py: ") and result.err.count("\n") == 1 and result.err.endswith("\n"), result.err
+        return result.err
+    return run
+
+
+def record(path):
+    return json.loads(Image.open(path).text["ip2p"])
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+# ---- pictures in
+
+UPRIGHT = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud,      # EXIF 2.3, section 4.6.4
+           5: lambda a: np.swapaxes(a, 0, 1), 6: lambda a: np.rot90(a, -1),
+           7: lambda a: np.rot90(np.swapaxes(a, 0, 1), 2), 8: lambda a: np.rot90(a)}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_exif_orientation(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture = colors(24, 16)
+    picture.save(tmp_path / "x.png", exif=exif)
+    assert np.array_equal(np.asarray(open_image(tmp_path / "x.png")), UPRIGHT[orientation](np.asarray(picture)))
+
+
+def test_edit_takes_a_picture_upright_before_it_takes_its_size(model):
+    picture, exif = colors(48, 24), Image.Exif()
+    exif[0x0112] = 6
+    turned = picture.rotate(90, expand=True)                   # to be shown turned by 90 degrees clockwise
+    turned.info["exif"] = exif.tobytes()
+    editor = InstructPix2Pix.load(model)
+    wanted, got = (editor.edit(p, "night", steps=1, progress=False)[0] for p in (picture, turned))
+    assert got.size == (32, 16) and np.array_equal(np.asarray(got), np.asarray(wanted))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_16_bit_gray(tmp_path, suffix):
+    ramp = (np.arange(256) * 257).astype(np.uint16).reshape(16, 16)                      # 0..65535
+    Image.fromarray(ramp).save(tmp_path / f"x{suffix}")
+    got = np.asarray(open_image(tmp_path / f"x{suffix}"))
+    assert np.array_equal(got, np.repeat(np.arange(256).reshape(16, 16, 1), 3, 2))
+
+
+@pytest.mark.parametrize("suffix, tolerance", [(".tif", 0), (".jpg", 3)])
+def test_cmyk(tmp_path, suffix, tolerance):
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / f"x{suffix}")          # red
+    got = np.asarray(open_image(tmp_path / f"x{suffix}")).astype(int)
+    assert np.abs(got - [255, 0, 0]).max() <= tolerance
+
+
+def test_transparency_is_laid_over_white(tmp_path):
+    for mode, color in (("RGBA", (0, 0, 0, 51)), ("LA", (0, 51))):                       # a fifth of black
+        Image.new(mode, (16, 16), color).save(tmp_path / "x.png")
+        assert np.abs(np.asarray(open_image(tmp_path / "x.png")).astype(int) - 204).max() <= 1
+    palette = Image.new("P", (16, 16), 1)
+    palette.putpalette([0, 0, 0, 200, 100, 50])
+    palette.paste(0, (0, 0, 8, 16))
+    palette.save(tmp_path / "x.png", transparency=0)
+    assert set(open_image(tmp_path / "x.png").getdata()) == {(255, 255, 255), (200, 100, 50)}
+    Image.new("RGB", (16, 16), "blue").save(tmp_path / "x.png", transparency=(0, 0, 255))
+    assert set(open_image(tmp_path / "x.png").getdata()) == {(255, 255, 255)}
+
+
+def test_palette_gray_and_one_bit(tmp_path):
+    picture = colors(16, 16).quantize(16)
+    for image in (picture, colors(16, 16).convert("L"), colors(16, 16).convert("1")):
+        image.save(tmp_path / "x.png")
+        got = open_image(tmp_path / "x.png")
+        assert got.mode == "RGB" and got.tobytes() == image.convert("RGB").tobytes()
+
+
+def test_animation_gives_its_first_frame(cli, tmp_path):
+    frames = [Image.new("RGB", (24, 16), color) for color in ("red", "green", "blue")]
+    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
+    assert set(open_image(tmp_path / "x.gif").getdata()) == {(255, 0, 0)}
+    result = cli("--image", tmp_path / "x.gif")
+    assert result.code == 0 and Image.open(result.files[0]).size == (24, 16)
+
+
+# ---- pictures out
+
+def test_result_has_the_size_of_the_input_or_of_the_model(cli, tmp_path):
+    colors(100, 41).save(tmp_path / "wide.jpg")
+    for flags, size in (([], (100, 41)), (["--keep-model-size"], (32, 16)), (["--keep-model-size", "--size", "64"], (64, 24))):
+        result = cli("--image", tmp_path / "wide.jpg", *flags)
+        assert result.code == 0 and [Image.open(f).size for f in result.files] == [size]
+
+
+def test_every_prompt_for_every_picture_and_no_name_taken_twice(cli, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        colors(16, 16).save(tmp_path / folder / "fox.png")
+    flags = ["--image", tmp_path / "a", tmp_path / "b" / "fox.png", "--prompt", "Make it night!", "make it night", "下雪"]
+    first = cli(*flags)
+    assert first.names == ["fox-make-it-night-2.png", "fox-make-it-night-3.png", "fox-make-it-night-4.png",
+                           "fox-make-it-night.png", "fox-下雪-2.png", "fox-下雪.png"]
+    before = [f.read_bytes() for f in first.files]
+    again = cli(*flags)
+    assert len(again.files) == 6 and [f.read_bytes() for f in first.files] == before
+    assert sorted(again.out.splitlines()[1:]) == sorted(map(str, again.files))           # below the settings
+
+
+def test_several_images_have_several_seeds(cli):
+    many = cli("--num-images", 3, "--seed", 5, "--batch-size", 2)
+    assert many.names == [f"fox-make-it-night-{seed}.png" for seed in (5, 6, 7)]
+    alone = cli("--seed", 7)
+    assert record(alone.files[0]) == record(many.files[2]) and record(many.files[0])["seed"] == 5
+    assert np.abs(pixels(alone.files[0]) - pixels(many.files[2])).max() <= 1             # rounding
+    assert np.abs(pixels(many.files[0]) - pixels(many.files[2])).max() > 20
+
+
+@pytest.mark.parametrize("suffix, format", [(".png", "PNG"), (".jpg", "JPEG"), (".JPEG", "JPEG"), (".webp", "WEBP")])
+def test_output_file(cli, tmp_path, suffix, format):
+    target = tmp_path / "new" / "folder" / f"night{suffix}"
+    for _ in range(2):                                         # a file that is named may be replaced
+        assert cli("--output", target).code == 0
+    assert Image.open(target).format == format and Image.open(target).size == (48, 32)
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_png_tells_how_to_make_it_again(cli, tmp_path):
+    made = cli("--prompt", 'add a "ball"', "--negative-prompt", "rain", "--seed", 11, "--steps", 3, "--sampler", "euler-ancestral",
+               "--cfg-text", 2.5, "--cfg-image", 1.25, "--size", 40).files[0]
+    told = record(made)
+    assert told == {"image": "fox.png", "prompt": 'add a "ball"', "negative_prompt": "rain", "seed": 11, "steps": 3, "eta": 1.0,
+                    "sampler": "euler-ancestral", "cfg_text": 2.5, "cfg_image": 1.25, "size": 40, "model": "tiny.safetensors",
+                    "vae": None, "dtype": "fp32"}
+    flags = [f for key in ("prompt", "negative_prompt", "seed", "steps", "sampler", "cfg_text", "cfg_image", "size", "dtype")
+             for f in (f"--{key.replace('_', '-')}", told[key])]
+    again = cli(*flags).files[0]
+    assert np.array_equal(pixels(made), pixels(again)) and again != made
+
+
+def test_result_does_not_depend_on_the_batch(cli, tmp_path):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for i, size in enumerate([(48, 32), (32, 48), (48, 32), (48, 32), (40, 40)]):
+        colors(*size, seed=i).save(folder / f"{i}.png")
+    one, three = (cli("--image", folder, "--batch-size", n).files for n in (1, 3))
+    assert len(one) == len(three) == 5
+    for i, (a, b) in enumerate(zip(one, three)):
+        assert record(a) == record(b) and record(a)["image"] == f"{i}.png"
+        assert np.abs(pixels(a) - pixels(b)).max() <= 1        # other sums in larger convolutions
+
+
+def test_one_bad_picture_in_a_folder(cli, tmp_path):
+    folder = tmp_path / "many"
+    (folder / "deeper").mkdir(parents=True)
+    for name in ("a.png", "c.JPG", ".hidden.png"):
+        colors(24, 16).save(folder / name)
+    (folder / "b.png").write_text("not a picture")
+    (folder / "notes.txt").write_text("not a picture, nor said to be one")
+    result = cli("--image", folder, tmp_path / "missing.png", "--batch-size", 1)
+    complaints = [line for line in result.err.splitlines() if line.startswith("sample.py:")]
+    assert result.code == 2 and result.names == ["a-make-it-night.png", "c-make-it-night.png"]
+    assert len(complaints) == 2 and "b.png: not a picture" in complaints[0] and "missing.png: no such" in complaints[1]
+
+
+# ---- sheets
+
+def test_grid(cli):
+    flags = ["--keep-model-size", "--size", 128]
+    sheet = cli("--grid", "--cfg-text", 1, 3, "--cfg-image", 1, 1.5, 2, *flags).files
+    corner = cli("--cfg-text", 3, "--cfg-image", 2, *flags).files[0]
+    assert [f.name for f in sheet] == ["fox-make-it-night-grid.png"]
+    assert record(sheet[0])["cfg_text"] == [1, 3] and record(sheet[0])["cfg_image"] == [1, 1.5, 2]
+    image = Image.open(sheet[0])
+    w, h = Image.open(corner).size
+    assert (w, h) == (128, 88)                                 # 128 * 32 / 48 = 85.3
+    assert 3 * w < image.width < 5 * w and 3 * h < image.height < 5 * h                  # the rest is for labels
+    gap = 6                                                    # half of the smallest type's 13 pixels
+    box = (image.width - gap - w, image.height - gap - h, image.width - gap, image.height - gap)
+    assert np.array_equal(np.asarray(image.crop(box)), pixels(corner))
+
+
+def test_grid_with_single_scales_shows_input_and_result(cli):
+    result = cli("--grid")
+    assert result.code == 0 and result.names == ["fox-make-it-night-grid.png"]
+
+
+def test_sheet_grows_by_its_cells():
+    picture, cell = colors(128, 96), Image.new("RGB", (128, 96), "red")
+    sizes = {(n, m): grid_sheet(picture, [cell] * (n * m), "make it night", [7.5] * n, [1.5] * m).size
+             for n in (1, 2, 3) for m in (1, 2)}
+    assert all(sizes[n + 1, 1][0] - sizes[n, 1][0] == 128 + 6 for n in (1, 2))
+    assert all(sizes[n, 2][1] - sizes[n, 1][1] == 96 + 6 for n in (1, 2, 3))
+    sheet = grid_sheet(picture, [cell] * 2, "word " * 1000, [7.5] * 2, [1.5])
+    assert sheet.width == sizes[2, 1][0] and sheet.height < sizes[2, 1][1] + 3 * 20     # three lines of title at most
+    assert (np.asarray(sheet) == [255, 0, 0]).all(-1).sum() == 2 * 128 * 96
+
+
+# ---- prompts and settings
+
+def test_empty_prompt_gives_the_picture_through_the_autoencoder(cli, model, tmp_path):
+    result = cli("--prompt", " ", "--keep-model-size")
+    assert result.code == 0 and result.names == ["fox.png"] and "note: an empty prompt" in result.err
+    vae = InstructPix2Pix.load(model).vae
+    x = to_pixels(open_image(tmp_path / "fox.png"), 32, 24)[None]
+    with torch.no_grad():
+        expected, = to_images(vae.decode(vae.encode(x).mode()))
+    assert np.array_equal(pixels(result.files[0]), np.asarray(expected))
+
+
+def test_long_prompt_is_cut_with_a_note(cli):
+    words = " ".join(["night"] * 1000)
+    result = cli("--prompt", words)
+    assert result.code == 0 and len(result.files) == 1 and record(result.files[0])["prompt"] == words
+    assert "its first 14 are kept" in result.err and max(map(len, result.err.splitlines())) < 300
+
+
+def test_model_brings_its_own_settings(cli, tmp_path):
+    own = write_model(tmp_path / "own.safetensors", cfg_text=4.0, cfg_image=1.2, sample_steps=3, steps=20000)
+    told = record(cli("--model", own, "--cfg-image", 2).files[0])
+    assert (told["cfg_text"], told["cfg_image"], told["steps"]) == (4.0, 2.0, 2)         # the fixture asks for two steps
+    args = sample.parse(["--image", str(tmp_path / "fox.png"), "--prompt", "x", "--model", str(own), "--output", str(tmp_path / "x.png")])
+    assert sample.main(args) == 0 and record(tmp_path / "x.png")["steps"] == 3
+
+
+def test_default_model_says_that_it_is_a_miniature(cli, model, monkeypatch):
+    monkeypatch.setattr(sample, "MINIATURE", model)
+    line = cli().out.splitlines()[0]
+    assert "miniature" in line and "--model" in line and "timbrooks/instruct-pix2pix" in line
+    assert "miniature" not in cli("--model", f"{model.parent}/./{model.name}").out
+
+
+def test_compile_wraps_the_unet(cli, monkeypatch):
+    wrapped = []
+    monkeypatch.setattr(torch, "compile", lambda f: wrapped.append(f) or f)
+    assert cli("--compile").code == 0 and wrapped[0].__self__.__class__ is UNet
+
+
+def test_other_vae(cli, model, tmp_path):
+    result = cli("--vae", model)
+    assert result.code == 0 and record(result.files[0])["vae"] == "tiny.safetensors"
+
+
+def test_samplers_are_those_of_the_library(cli):
+    assert all(cli("--sampler", name).code == 0 for name in SAMPLERS)
+
+
+# ---- what cannot work
+
+def test_bad_pictures(refused, tmp_path):
+    (tmp_path / "text.png").write_text("hello")
+    (tmp_path / "empty.png").write_bytes(b"")
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
+    Image.new("RGB", (20000, 10)).save(tmp_path / "line.png")
+    Image.effect_noise((64, 64), 50).save(tmp_path / "whole.jpg")
+    whole = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "nothing").mkdir()
+    for name, words in {"missing.png": "no such picture", "text.png": "not a picture", "empty.png": "not a picture",
+                        "dot.png": "got 1x1", "line.png": "got 20000x10", "cut.jpg": "truncated",
+                        "nothing": "a folder without pictures"}.items():
+        line = refused("--image", tmp_path / name, "--model", "missing.safetensors")     # found before the model is opened
+        assert name in line and words in line
+
+
+def test_damaged_pictures_never_give_a_traceback(tmp_path):
+    rng = np.random.default_rng(0)
+    for suffix in (".png", ".jpg", ".gif", ".webp", ".tif", ".bmp"):
+        colors(24, 16).save(tmp_path / f"x{suffix}")
+        whole = np.frombuffer((tmp_path / f"x{suffix}").read_bytes(), np.uint8)
+        for _ in range(30):
+            damaged = whole[:rng.integers(1, len(whole) + 1)].copy()
+            damaged[rng.integers(0, len(damaged), 3)] = rng.integers(0, 256, 3)
+            (tmp_path / "y").write_bytes(damaged.tobytes())
+            try:
+                assert open_image(tmp_path / "y").mode == "RGB"
+            except ValueError as error:
+                assert str(tmp_path / "y") in str(error)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--steps", "0"], "1..1000, got 0"), (["--steps", "-1"], "1..1000, got -1"), (["--steps", "1001"], "1..1000, got 1001"),
+    (["--steps", "ten"], "'ten'"), (["--cfg-text", "nan"], "got nan"), (["--cfg-image", "inf"], "got inf"),
+    (["--cfg-text=-inf"], "got -inf"), (["--grid", "--cfg-text", "3", "nan"], "got nan"),
+    (["--cfg-text", "3", "5"], "--grid"), (["--grid", "--num-images", "2"], "got 2"), (["--num-images", "0"], "got 0"),
+    (["--batch-size", "0"], "got 0"), (["--size", "0"], "got 0"), (["--seed", "-1"], "got -1"), (["--seed", str(2 ** 64)], "got 1844"),
+    (["--sampler", "heun"], "euler-ancestral"), (["--dtype", "int8"], "bf16"), (["--nonsense"], "--nonsense"),
+    (["--device", "toaster"], "--device toaster"), (["--device", "meta"], "--device meta"),
+])
+def test_bad_settings(refused, flags, words):
+    assert words in refused(*flags, "--model", "missing.safetensors")                    # found before the model is opened
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
+def test_cuda_without_cuda(refused):
+    line = refused("--device", "cuda", "--model", "missing.safetensors")
+    assert "--device cuda: cannot be used" in line and "there is cpu" in line
+
+
+def test_bad_models(refused, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "page.safetensors").write_text("<!doctype html>")
+    text_to_image = write_model(tmp_path / "sd.safetensors", in_channels=4)
+    for path, words in ((tmp_path / "folder", "not a diffusers folder"), (tmp_path / "missing.safetensors", "no such file"),
+                        (tmp_path / "page.safetensors", "web page"), (text_to_image, "not an editor"),
+                        (tmp_path / "fox.png", "neither safetensors")):
+        line = refused("--model", path)
+        assert str(path) in line and words in line
+    assert "missing.pt" in refused("--vae", tmp_path / "missing.pt")
+
+
+def test_bad_outputs_are_found_before_the_model_is_opened(refused, tmp_path):
+    (tmp_path / "file").write_text("")
+    for output, words, *flags in ((tmp_path / "file" / "x.png", "cannot be written"), (tmp_path / "file", "cannot be written"),
+                                  (tmp_path / "x.png", "2 pictures", "--num-images", 2), (tmp_path / "x.gif", ".png, .jpg"),
+                                  (tmp_path / "fox.png", "the picture to edit")):
+        line = refused("--output", output, "--model", "missing.safetensors", *flags)
+        assert str(output) in line and words in line
+    assert Image.open(tmp_path / "fox.png").size == (48, 32)
+
+
+def test_nothing_half_written_is_left(cli, monkeypatch):
+    def full(self, file, *args, **kwargs):
+        Path(file).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Image.Image, "save", full)
+    result = cli()
+    assert result.code == 2 and not result.files and result.err.splitlines()[-1].endswith("No space left on device")
+
+
+@pytest.mark.parametrize("error, code, words", [(KeyboardInterrupt(), 130, "stopped"), (torch.OutOfMemoryError("CUDA out of memory"), 2, "--size"),
+                                                (MemoryError(), 2, "--size")])
+def test_interruption_and_lack_of_memory(cli, monkeypatch, error, code, words):
+    def fail(*args, **kwargs):
+        raise error
+    monkeypatch.setattr(InstructPix2Pix, "edit", fail)
+    result = cli()
+    assert result.code == code and words in result.err.splitlines()[-1] and "Traceback" not in result.err
+
+
+# ---- the command itself
+
+def test_help_mentions_every_flag_and_default(capsys):
+    with pytest.raises(SystemExit) as end:
+        sample.parse(["--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0
+    for flag in ("image prompt model vae output steps sampler cfg-text cfg-image negative-prompt seed num-images size "
+                 "keep-model-size grid batch-size device dtype compile").split():
+        description = text.split(f"\n  --{flag} ")[1].split("\n  --")[0]
+        assert "default" in description, flag
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys, sample; sys.exit(any(m in sys.modules for m in ('torch', 'PIL', 'numpy', 'ip2p')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_command_edits_an_example(model, tmp_path):
+    done = subprocess.run([sys.executable, "sample.py", "--image", "ip2p/assets/examples/fox.png", "--prompt", "make it night",
+                           "--model", str(model), "--output", str(tmp_path), "--steps", "2", "--device", "cpu"],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "fox-make-it-night.png").size == Image.open(ROOT / "ip2p/assets/examples/fox.png").size
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "fox-make-it-night.png") and "Warning" not in done.stderr

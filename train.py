@@ -1,0 +1,361 @@
+"""Train an InstructPix2Pix editor, and every model it needs.
+
+    python train.py --stage edit --steps 20000        # fine-tune weights/mini-sd.safetensors into an editor
+    python train.py --stage vae --minutes 30          # or from nothing: vae, clip, base, edit, each from the one before
+
+Each stage trains on the miniature world, in a folder of its own below --out. Stopped by --minutes, Ctrl-C or SIGTERM, it
+goes on when the command is repeated.
+"""
+import argparse
+import json
+import math
+import subprocess
+from contextlib import nullcontext
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ip2p import InstructPix2Pix
+from ip2p.attention import SpatialTransformer
+from ip2p.checkpoint import Parts, load_checkpoint, load_vae, save_checkpoint, save_vae
+from ip2p.clip_filter import build_clip, load_clip, normalize_pixels, save_clip
+from ip2p.guidance import dropout_masks
+from ip2p.images import contact_sheet, save_image, to_images, to_pixels
+from ip2p.schedule import add_noise, make_alphas_cumprod, velocity
+from ip2p.text import TextConfig, TextEncoder, Tokenizer
+from ip2p.training import fit, seeded
+from ip2p.unet import ResBlock, UNet, UNetConfig
+from ip2p.vae import AttnBlock, AutoencoderKL, ResnetBlock, VAEConfig
+from ip2p.world import KINDS, World
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+# ---- the autoencoder
+
+VAE = VAEConfig(channels=16, channel_mult=(1, 2, 4, 8), num_res_blocks=1, z_channels=16, norm_groups=4, scale_factor=1.0)
+
+
+def train_vae(args, world):
+    """Random crops, L1 + MSE and a touch of KL. Residual branches start at zero, so it begins as a linear code."""
+    vae = AutoencoderKL(VAE).to(args.device, memory_format=torch.channels_last)
+    start_as_identity(vae)
+
+    def loss_fn(step):
+        rng, side = seeded(args.seed, step), args.crop
+        pixels, _ = world.pictures(args.seed, step * args.batch_size // 2, args.batch_size // 2)
+        corners = torch.randint(0, 128 - side + 1, (2 * len(pixels), 2), generator=rng).tolist()
+        x = torch.stack([pixels[i // 2, :, a:a + side, b:b + side] for i, (a, b) in enumerate(corners)])
+        x = x.contiguous(memory_format=torch.channels_last)
+        with args.autocast():
+            posterior = vae.encode(x)
+            noise = torch.randn(posterior.mean.shape, generator=rng).to(x)
+            z = posterior.mean + (0.5 * posterior.logvar).exp() * noise
+            y = vae.decode(z).float()
+        mse, kl = F.mse_loss(y, x), posterior.kl().float().mean()
+        loss = F.l1_loss(y, x) + 5 * mse + 1e-6 * kl
+        return loss, dict(psnr=10 * math.log10(4 / mse.item()), kl=kl)
+
+    held_out, _ = world.pictures(args.seed, 0, 8, "combinations")
+
+    def sheet(path):
+        cells = [(p, text) for pixels, text in ((held_out, "picture"), (reconstruct(vae, held_out), "reconstruction"))
+                 for p in to_images(pixels)]
+        save_image(contact_sheet(cells, lines=1), path)
+
+    record = run(args, vae, loss_fn, sheet)
+    normalize_latents(vae, world.pictures(args.seed, 0, 256)[0])
+    held_out, _ = world.pictures(args.seed, 0, args.score_examples, "combinations")
+    record["psnr"] = round(float(psnr(reconstruct(vae, held_out), held_out).mean()), 2)
+    save_vae(vae, args.out / "vae.safetensors", record)
+    return record
+
+
+@torch.no_grad()
+def reconstruct(vae, pixels):
+    return torch.cat([vae.decode(vae.encode(x).mode()).float().clamp(-1, 1) for x in pixels.split(32)])
+
+
+def psnr(x, y):
+    """Peak signal-to-noise ratio of each picture in dB, (B,), for pixels in [-1, 1]."""
+    return 10 * (4 / (x - y).square().flatten(1).mean(1)).log10()
+
+
+@torch.no_grad()
+def normalize_latents(vae, pixels):
+    """Shift each latent channel to mean zero and scale all to unit variance, within the 1x1 convolutions next to them."""
+    z = torch.cat([vae.encode(x).mode() for x in pixels.split(32)])
+    mean, std, n = z.mean((0, 2, 3)), z.std(), z.shape[1]
+    quant, post = vae.quant_conv, vae.post_quant_conv
+    post.bias += post.weight[:, :, 0, 0] @ mean
+    post.weight *= std
+    quant.weight[:n] /= std
+    quant.bias[:n] = (quant.bias[:n] - mean) / std
+    quant.bias[n:] -= 2 * std.log()                      # log variance
+
+
+# ---- CLIP, whose text tower is the text encoder of the next stages
+
+CLIP = dict(embed_dim=192, vision_cfg=dict(image_size=128, patch_size=16, width=192, layers=4, head_width=32),
+            text_cfg=dict(context_length=32, vocab_size=2 * 256 + 2 + 2048, width=192, heads=6, layers=4))
+TEXT = TextConfig(**CLIP["text_cfg"], quick_gelu=False, skip_last=0, pad_with_end=False)
+
+
+def train_clip(args, world):
+    """Contrastive: each picture of a batch finds its caption among all, and each caption its picture (CLIP, Fig. 3)."""
+    clip, tokenizer = build_clip(CLIP).to(args.device), Tokenizer(TEXT)
+
+    def similarities(start, count, split="train"):
+        pixels, captions = world.pictures(args.seed + 1, start, count, split)
+        with args.autocast():
+            images = clip.encode_image(normalize_pixels(pixels), normalize=True)
+            texts = clip.encode_text(tokenizer(captions).to(args.device), normalize=True)
+        return images.float() @ texts.float().T
+
+    def loss_fn(step):
+        logits = clip.logit_scale.exp().clamp(max=100) * similarities(step * args.batch_size, args.batch_size)
+        target = torch.arange(len(logits), device=logits.device)
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        return loss, dict(accuracy=(logits.argmax(1) == target).float().mean())
+
+    record = run(args, clip, loss_fn)
+    with torch.no_grad():
+        right = [similarities(start, 100, "combinations").argmax(1) == torch.arange(100, device=args.device)
+                 for start in range(0, args.score_examples, 100)]
+    record["accuracy_1_of_100"] = round(float(torch.cat(right).float().mean()), 3)
+    save_clip(clip, CLIP, args.out / "mini-clip.safetensors", record)
+    return record
+
+
+# ---- the text-to-image base and the editor
+
+UNET = UNetConfig(in_channels=VAE.z_channels, out_channels=VAE.z_channels, model_channels=64, channel_mult=(1, 2, 2),
+                  num_res_blocks=1, attention_levels=(True, True, True), context_dim=TEXT.width, num_heads=None,
+                  head_channels=32)
+
+
+class Pool:
+    """Examples made in blocks, each gone through `reuse` times: drawing and encoding a scene costs as much as learning
+    from it. `draw(start, count)` returns a tuple of tensors or lists; what comes at a step depends on the step alone."""
+
+    def __init__(self, draw, args):
+        self.draw, self.args, self.number = draw, args, None
+
+    def batch(self, step):
+        B, block = self.args.batch_size, self.args.block // self.args.batch_size * self.args.batch_size
+        number, within = divmod(step, block // B * self.args.reuse)
+        again, row = divmod(within, block // B)
+        if number != self.number:
+            parts = [self.draw(number * block + i, min(128, block - i)) for i in range(0, block, 128)]
+            self.columns = [torch.cat(c) if torch.is_tensor(c[0]) else sum(c, []) for c in zip(*parts)]
+            self.number = number
+        rows = torch.randperm(block, generator=seeded(self.args.seed, number, again))[row * B:(row + 1) * B].tolist()
+        return [c[rows] if torch.is_tensor(c) else [c[i] for i in rows] for c in self.columns]
+
+
+@torch.no_grad()
+def encode(vae, pixels, args):
+    with args.autocast():
+        return vae.encode(pixels.contiguous(memory_format=torch.channels_last)).mode().float()
+
+
+def diffusion_loss(model, x0, context, t, noise, image_latents=None):
+    """Mean squared error of the predicted v. x0, noise: (B, z, h, w); t: (B,)."""
+    alphas_cumprod = make_alphas_cumprod()
+    x = add_noise(x0, noise, t, alphas_cumprod)
+    x = x if image_latents is None else torch.cat([x, image_latents], 1)
+    v = model(x.contiguous(memory_format=torch.channels_last), t, context).float()
+    return F.mse_loss(v, velocity(x0, noise, t, alphas_cumprod))
+
+
+def train_base(args, world):
+    """Text to picture: v-prediction, a tenth of the captions dropped; the text tower goes on learning with the UNet."""
+    vae = load_vae(args.out / "vae.safetensors").to(args.device)
+    unet, text = UNet(UNET), TextEncoder(replace(TEXT, projection_dim=CLIP["embed_dim"]))
+    clip = load_clip(args.out / "mini-clip.safetensors")[0].state_dict()
+    text.load_state_dict({k: v for k, v in clip.items() if k in text.state_dict()})
+    start_as_identity(unet)
+    torch.nn.init.zeros_(unet.out[-1].weight)
+    model = nn.ModuleDict(dict(unet=unet, text=text)).to(args.device, memory_format=torch.channels_last)
+    tokenizer = Tokenizer(TEXT)
+
+    def draw(start, count, split="train"):
+        pixels, captions = world.pictures(args.seed + 2, start, count, split)
+        return encode(vae, pixels, args), captions
+
+    pool = Pool(draw, args)
+
+    def loss_fn(step, batch=None, dropout=0.1):
+        rng = seeded(args.seed, step)
+        x0, captions = batch or pool.batch(step)
+        drop = torch.rand(len(x0), generator=rng) < dropout
+        t, noise = torch.randint(0, 1000, (len(x0),), generator=rng), torch.randn(x0.shape, generator=rng)
+        ids = tokenizer(["" if d else c for c, d in zip(captions, drop)]).to(args.device)
+        with args.autocast():
+            loss = diffusion_loss(unet, x0, text(ids), t.to(args.device), noise.to(args.device))
+        return loss, {}
+
+    parts = Parts(unet, vae, text, "v", 128, {})
+    prompts = [world.caption(args.seed, i, "combinations")[1] for i in range(16)]
+
+    def sheet(path):
+        pictures = InstructPix2Pix(parts).generate(prompts, steps=20, cfg_text=args.cfg_text, progress=False)
+        save_image(contact_sheet(list(zip(pictures, prompts))), path)
+
+    record = run(args, model, loss_fn, sheet)
+    sheet(args.out / "base" / "sheet-final.png")
+    with torch.no_grad():
+        record["held_out_loss"] = round(float(loss_fn(0, draw(0, args.score_examples, "combinations"), dropout=0)[0]), 4)
+    save_checkpoint(parts, args.out / "mini-sd.safetensors", metadata=record | dict(cfg_text=args.cfg_text),
+                    dtype=torch.float16)
+    return record
+
+
+def train_edit(args, world):
+    """The editor: the base widened by image latents, conditionings dropped at random, on the world's true pairs."""
+    base = load_checkpoint(args.base, in_channels=2 * VAE.z_channels)
+    unet, vae, text = base.unet.requires_grad_(True), base.vae, base.text.requires_grad_(True)
+    model = nn.ModuleDict(dict(unet=unet, text=text)).to(args.device, memory_format=torch.channels_last)
+    vae.to(args.device)
+    tokenizer = Tokenizer(text.config)
+
+    def draw(start, count, split="train"):
+        before, after, edits = world.pairs(args.seed + 3, start, count, split)
+        return encode(vae, before, args), encode(vae, after, args), [e.instruction for e in edits]
+
+    pool = Pool(draw, args)
+
+    def loss_fn(step, batch=None, dropout=0.05):
+        rng = seeded(args.seed, step)
+        image_latents, x0, instructions = batch or pool.batch(step)
+        drop_text, drop_image = dropout_masks(len(x0), dropout, rng)
+        t, noise = torch.randint(0, 1000, (len(x0),), generator=rng), torch.randn(x0.shape, generator=rng)
+        ids = tokenizer(["" if d else i for i, d in zip(instructions, drop_text)]).to(args.device)
+        image_latents = image_latents.masked_fill(drop_image.to(args.device)[:, None, None, None], 0)
+        with args.autocast():
+            loss = diffusion_loss(unet, x0, text(ids), t.to(args.device), noise.to(args.device), image_latents)
+        return loss, {}
+
+    editor = InstructPix2Pix(Parts(unet, vae, text, "v", 128, {}))
+
+    def sheet(path, per_kind=3):
+        cells = []
+        for kind in KINDS:
+            before, _, edits = world.pairs(args.seed, 0, per_kind, "combinations", kind)
+            pictures = to_images(before)
+            edited = editor.edit(pictures, [e.instruction for e in edits], cfg_text=args.cfg_text, cfg_image=args.cfg_image,
+                                 progress=False)
+            for a, b, e in zip(pictures, edited, edits):
+                cells += [(a, e.caption), (b, e.instruction)]
+        save_image(contact_sheet(cells, columns=2 * per_kind), path)
+
+    record = run(args, model, loss_fn, sheet)
+    sheet(args.out / "edit" / "sheet-final.png", per_kind=6)
+    with torch.no_grad():
+        record["held_out_loss"] = round(float(loss_fn(0, draw(0, args.score_examples, "combinations"), dropout=0)[0]), 4)
+    record |= dict(cfg_text=args.cfg_text, cfg_image=args.cfg_image) | score_edits(editor, world, args)
+    save_checkpoint(editor.parts, args.out / "mini-ip2p.safetensors", metadata=record, dtype=torch.float16)
+    return record
+
+
+def score_edits(editor, world, args):
+    """PSNR in dB against the true edited picture, where the instruction fixes it, on held-out scenes: of the edit, of the
+    unedited picture, and of the true picture after the autoencoder, which is the most an edit can reach."""
+    scores = {"edit": [], "unedited": [], "autoencoder": []}
+    for kind in ("time", "weather", "season", "color", "remove", "size"):
+        before, after, edits = world.pairs(args.seed, 100, -(-args.score_examples // 32), "combinations", kind)
+        edited = editor.edit(to_images(before), [e.instruction for e in edits], cfg_text=args.cfg_text,
+                             cfg_image=args.cfg_image, progress=False)
+        edited = torch.stack([to_pixels(p, 128, 128) for p in edited]).to(after)
+        for name, x in (("edit", edited), ("unedited", before), ("autoencoder", reconstruct(editor.vae, after))):
+            scores[name].append(psnr(x, after))
+    return {"psnr": {name: round(float(torch.cat(values).mean()), 2) for name, values in scores.items()}}
+
+
+# ---- what all stages share
+
+def start_as_identity(module):
+    """Zero the last layer of every residual branch, so that a deep network begins as a shallow one."""
+    last_layers = {ResnetBlock: lambda m: m.conv2, AttnBlock: lambda m: m.proj_out, ResBlock: lambda m: m.out_layers[-1],
+                   SpatialTransformer: lambda m: m.proj_out}
+    for m in module.modules():
+        if type(m) in last_layers:
+            for p in last_layers[type(m)](m).parameters():
+                nn.init.zeros_(p)
+
+
+DEFAULTS = {         # examples a step, learning rate (of AdamW's part), steps, EMA decay
+    "vae": dict(batch_size=16, lr=1e-3, steps=8000, ema_decay=0.999),
+    "clip": dict(batch_size=256, lr=1e-3, steps=2000, ema_decay=0.99),
+    "base": dict(batch_size=64, lr=1e-3, steps=20000, ema_decay=0.9995),
+    "edit": dict(batch_size=64, lr=5e-4, steps=10000, ema_decay=0.9995),
+}
+
+
+def run(args, module, loss_fn, sheet=None):
+    """Train `module` by the stage's settings. Returns the record that goes into the file's metadata."""
+    settings = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str)) and k not in ("minutes", "device", "sheet_minutes")}
+    result = fit(module, loss_fn, args.out / args.stage, steps=args.steps, minutes=args.minutes, lr=args.lr,
+                 optimizer=args.optimizer, warmup=args.warmup, cooldown=args.cooldown, ema_decay=args.ema_decay,
+                 sheet_minutes=args.sheet_minutes, sheet=sheet, config=settings)
+    return dict(stage=args.stage, data=f"ip2p.world, {args.subset}", steps=result["step"], batch_size=args.batch_size,
+                minutes=round(result["seconds"] / 60, 1), finished=result["finished"], commit=commit(),
+                date=str(date.today()))
+
+
+def commit() -> str:
+    """The commit of the code at hand, or "" outside a repository."""
+    answer = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return answer.stdout.strip()
+
+
+STAGES = {"vae": train_vae, "clip": train_clip, "base": train_base, "edit": train_edit}
+
+
+def main(args):
+    for name, value in DEFAULTS[args.stage].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.base is None:
+        args.base = next((p for p in (args.out / "mini-sd.safetensors",) if p.exists()), WEIGHTS / "mini-sd.safetensors")
+    print(" ".join(f"{k}={v}" for k, v in vars(args).items()), flush=True)
+    args.autocast = lambda: torch.autocast(args.device, torch.bfloat16) if args.dtype == "bf16" else nullcontext()
+    torch.manual_seed(args.seed)                  # initial weights
+    record = STAGES[args.stage](args, World(args.device, args.subset))
+    print(json.dumps(record), flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=STAGES, default="edit", help="what to train (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the runs (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="optimiser steps in all (default: the stage's own)")
+    parser.add_argument("--minutes", type=float, help="stop after so many minutes; repeat the command to go on")
+    parser.add_argument("--batch-size", type=int, help="examples a step (default: the stage's own)")
+    parser.add_argument("--lr", type=float, help="learning rate (default: the stage's own)")
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="muon", help="default: %(default)s")
+    parser.add_argument("--warmup", type=int, default=100, help="steps of rising learning rate (default: %(default)s)")
+    parser.add_argument("--cooldown", type=float, default=0.3, help="last share of the steps, with falling learning rate "
+                        "(default: %(default)s)")
+    parser.add_argument("--ema-decay", type=float, help="of the averaged weights (default: the stage's own)")
+    parser.add_argument("--base", type=Path, help="edit: the text-to-image checkpoint to start from (default: OUT/mini-sd."
+                        "safetensors if there is one, else weights/mini-sd.safetensors)")
+    parser.add_argument("--cfg-text", type=float, default=3.0, help="text guidance of sheets and scores, kept as the model's "
+                        "own default (default: %(default)s)")
+    parser.add_argument("--cfg-image", type=float, default=1.5, help="likewise for image guidance (default: %(default)s)")
+    parser.add_argument("--block", type=int, default=4096, help="base, edit: examples drawn and encoded at a time (default: %(default)s)")
+    parser.add_argument("--reuse", type=int, default=4, help="base, edit: times that each is learned from (default: %(default)s)")
+    parser.add_argument("--crop", type=int, default=64, help="vae: side of the crops (default: %(default)s)")
+    parser.add_argument("--subset", choices=("core", "all"), default="core", help="nouns and places of the world (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--sheet-minutes", type=float, default=10.0, help="minutes between sample sheets (default: %(default)s)")
+    parser.add_argument("--score-examples", type=int, default=512, help="held-out examples that the result is scored on; "
+                        "edits are drawn in full for a sixth of as many (default: %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the arithmetic; weights stay float32 (default: %(default)s)")
+    main(parser.parse_args())
