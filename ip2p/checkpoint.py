@@ -7,7 +7,6 @@ ours, as JSON under the key "ip2p" of its metadata; other files are taken to be 
 import copy
 import json
 import re
-import shutil
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,8 +14,9 @@ from pathlib import Path
 import torch
 
 from . import keys
+from .diffusers_folder import PREDICTION, read_folder, read_vae, write_folder
 from .tensorfiles import read_state_dict, replacing, write_safetensors
-from .text import TextConfig, TextEncoder, Tokenizer, import_open_clip
+from .text import TextConfig, TextEncoder, import_open_clip
 from .unet import UNet, UNetConfig
 from .vae import AutoencoderKL, VAEConfig
 
@@ -26,8 +26,6 @@ IGNORED = re.compile(r"betas|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_.*|pos
                      r"cond_stage_model\.((transformer|model)\.)?(logit_scale|attn_mask)|.*\.position_ids")
 SD1_TEXT = dict(quick_gelu=True, skip_last=0, pad_with_end=True)
 SD2_TEXT = dict(quick_gelu=False, skip_last=1, pad_with_end=False)
-SCHEDULE = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-PREDICTION = {"eps": "epsilon", "v": "v_prediction"}
 MODELS = {"unet": (UNet, UNetConfig), "vae": (AutoencoderKL, VAEConfig), "text": (TextEncoder, TextConfig)}
 
 
@@ -44,10 +42,10 @@ class Parts:
 
 @dataclass
 class Found:
-    """What was read, before models are built of it: by part, tensors under our names and known configuration fields."""
+    """What was read, before models are built of it; the dicts by part, "unet", "vae" and "text"."""
     path: Path
-    tensors: dict[str, dict] = field(default_factory=dict)
-    known: dict[str, dict] = field(default_factory=lambda: {part: {} for part in MODELS})
+    tensors: dict[str, keys.Tensors]          # under our names
+    known: dict[str, dict]                    # fields of configurations that were told, not read from tensors
     record: dict = field(default_factory=dict)
     parameterization: str | None = None
     image_size: int | None = None
@@ -66,7 +64,7 @@ def load_checkpoint(path, *, device=None, dtype=None, vae=None, in_channels=None
     if parameterization not in (None, *PREDICTION):
         raise ValueError(f'parameterization must be "eps" or "v", got {parameterization!r}')
     local = _locate(path)
-    found = _read_folder(local) if local.is_dir() else _read_file(local)
+    found = Found(local, *read_folder(local)) if local.is_dir() else _read_file(local)
     if vae is not None:
         found.tensors["vae"], found.known["vae"] = _read_vae(_locate(vae))
     for part, name in (("vae", "VAE"), ("text", "text encoder")):
@@ -149,12 +147,12 @@ def _read_file(path, use_shared=True):
         if ema:
             raise ValueError(f"{path}: unknown EMA keys: {_some(ema)}")
         unet = averaged
-    found = Found(path, {"unet": unet, "vae": vae, "text": text or keys.text_from_hf(hf)}, record=record)
-    found.known = {part: record.get(part, {}) for part in MODELS}
-    if not all(isinstance(known, dict) for known in found.known.values()):
+    known = {part: record.get(part, {}) for part in MODELS}
+    if not all(isinstance(fields, dict) for fields in known.values()):
         raise ValueError(f"{path}: its record of configurations is malformed")
-    found.known["text"] = {**(SD2_TEXT if text else SD1_TEXT), **found.known["text"]}
-    found.parameterization, found.image_size = record.get("parameterization"), record.get("image_size")
+    known["text"] = {**(SD2_TEXT if text else SD1_TEXT), **known["text"]}
+    found = Found(path, {"unet": unet, "vae": vae, "text": text or keys.text_from_hf(hf)}, known, record,
+                  record.get("parameterization"), record.get("image_size"))
     if use_shared and (name := record.get("shared")):
         sibling = path.parent / Path(name).name                          # a plain name: nothing outside of the folder
         if not sibling.is_file():
@@ -165,110 +163,14 @@ def _read_file(path, use_shared=True):
     return found
 
 
-def _read_folder(path):
-    """A diffusers folder."""
-    if not (path / "unet").is_dir():
-        raise ValueError(f"{path}: not a diffusers folder (it has no unet/); a checkpoint is a .safetensors or .ckpt file, "
-                         f"or a folder with unet/, vae/ and text_encoder/")
-    for part in ("vae", "text_encoder"):
-        if not (path / part).is_dir():
-            raise ValueError(f"{path}: an incomplete diffusers folder (it has no {part}/)")
-    found = Found(path, record=_json(path / "ip2p.json"))
-
-    config = _json(path / "unet/config.json")
-    _require(path / "unet/config.json", config, act_fn="silu", norm_eps=1e-5, flip_sin_to_cos=True, freq_shift=0,
-             center_input_sample=False, mid_block_scale_factor=1, resnet_time_scale_shift="default", class_embed_type=None,
-             time_embedding_type="positional", downsample_padding=1, _class_name="UNet2DConditionModel")
-    found.tensors["unet"] = keys.unet_from_diffusers(_weights(path / "unet"))
-    if config:
-        # diffusers calls the number of heads `attention_head_dim`; Stable Diffusion 2 has one for each level
-        heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
-        heads = heads if isinstance(heads, list) else [heads]
-        sizes = {c // h for c, h in zip(config.get("block_out_channels", ()), heads)}
-        if len(set(heads)) == 1:
-            found.known["unet"] = dict(num_heads=heads[0], head_channels=None)
-        elif len(sizes) == 1:
-            found.known["unet"] = dict(num_heads=None, head_channels=sizes.pop())
-        else:
-            raise ValueError(f"{path}: heads of {heads} are neither equally many nor equally wide at every level")
-        found.known["unet"]["norm_groups"] = config.get("norm_num_groups", 32)
-
-    found.tensors["vae"], found.known["vae"] = _read_vae(path / "vae")
-    if isinstance(config.get("sample_size"), int):
-        levels = sum(name.endswith("downsample.conv.weight") for name in found.tensors["vae"])
-        found.image_size = config["sample_size"] * 2 ** levels
-
-    config = _json(path / "text_encoder/config.json")
-    _require(path / "text_encoder/config.json", config, layer_norm_eps=1e-5)
-    act = config.get("hidden_act", "quick_gelu")
-    if act not in ("quick_gelu", "gelu"):
-        raise ValueError(f"{path}: hidden_act must be quick_gelu or gelu, got {act!r}")
-    found.tensors["text"] = keys.text_from_hf(_weights(path / "text_encoder", "model", "pytorch_model"))
-    special = {**_json(path / "tokenizer/tokenizer_config.json"), **_json(path / "tokenizer/special_tokens_map.json")}
-    pad, end = (token.get("content") if isinstance(token, dict) else token
-                for token in (special.get("pad_token"), special.get("eos_token")))
-    found.known["text"] = dict(quick_gelu=act == "quick_gelu", skip_last=0,      # Stable Diffusion 2 pads with "!", id 0
-                               pad_with_end=act == "quick_gelu" if pad is None else pad == end)
-    if "num_attention_heads" in config:
-        found.known["text"]["heads"] = config["num_attention_heads"]
-
-    config = _json(path / "scheduler/scheduler_config.json")
-    _require(path / "scheduler/scheduler_config.json", config, **SCHEDULE, rescale_betas_zero_snr=False, trained_betas=None)
-    if config:
-        predicts = config.get("prediction_type", "epsilon")
-        found.parameterization = {theirs: ours for ours, theirs in PREDICTION.items()}.get(predicts, predicts)
-    return found
-
-
 def _read_vae(path):
     """Tensors and known configuration of a VAE: a file of its own, a checkpoint, or a diffusers folder of or with one."""
-    if path.is_file():
-        tensors, record = read_state_dict(path)
-        known = record.get("vae", {})
-        if inner := _below(dict(tensors), "first_stage_model."):
-            tensors = inner
-        tensors = {name: tensor for name, tensor in tensors.items() if not IGNORED.fullmatch(f"first_stage_model.{name}")}
-    else:
-        path = path / "vae" if (path / "vae").is_dir() else path
-        tensors, config = _weights(path), _json(path / "config.json")
-        _require(path / "config.json", config, act_fn="silu", shift_factor=None, latents_mean=None)
-        known = {ours: config[theirs] for ours, theirs in (("norm_groups", "norm_num_groups"),
-                                                           ("scale_factor", "scaling_factor")) if theirs in config}
-    return keys.vae_from_diffusers(tensors), known
-
-
-def _json(path):
-    """The object in a JSON file, {} where there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return value
-
-
-def _require(path, config, **values):
-    for name, value in values.items():
-        if config.get(name, value) != value:
-            raise ValueError(f"{path}: {name} must be {value!r}, got {config[name]!r}")
-
-
-def _weights(folder, *stems):
-    """All tensors of one part of a diffusers folder; full precision before .fp16, safetensors before pickles."""
-    stems = stems or ("diffusion_pytorch_model",)
-    for variant in ("", ".fp16"):
-        for stem in stems:
-            for ending in ("safetensors", "bin"):
-                file, *indices = (folder / name for name in (
-                    f"{stem}{variant}.{ending}", f"{stem}.{ending}.index{variant}.json",
-                    f"{stem}{variant}.{ending}.index.json"))
-                if file.is_file():
-                    return read_state_dict(file)[0]
-                for index in filter(Path.is_file, indices):
-                    shards = sorted({Path(name).name for name in _json(index).get("weight_map", {}).values()})
-                    return {name: tensor for shard in shards for name, tensor in read_state_dict(folder / shard)[0].items()}
-    raise ValueError(f"{folder}: no weights ({stems[0]}.safetensors or the like)")
+    if path.is_dir():
+        return read_vae(path / "vae" if (path / "vae").is_dir() else path)
+    tensors, record = read_state_dict(path)
+    tensors = _below(dict(tensors), "first_stage_model.") or tensors
+    tensors = {name: tensor for name, tensor in tensors.items() if not IGNORED.fullmatch(f"first_stage_model.{name}")}
+    return keys.vae_from_diffusers(tensors), record.get("vae", {})
 
 
 def _build(part, found, path, device, dtype, in_channels):
@@ -290,7 +192,7 @@ def _build(part, found, path, device, dtype, in_channels):
     except KeyError as error:
         raise ValueError(f"{path}: its {what} lacks the key {error.args[0]}") from error
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError, AssertionError) as error:
-        raise ValueError(f"{path}: its {what}: {error}") from error
+        raise ValueError(f"{path}: its {what}: {' '.join(str(error).split())}") from error
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     problems = []
     if missing := wanted.keys() - tensors.keys():
@@ -311,9 +213,8 @@ def load_vae(path, device=None, dtype=None) -> AutoencoderKL:
     """Opens an autoencoder alone: from a file of its own, a checkpoint, or a diffusers folder. Arguments and errors as for
     `load_checkpoint`."""
     local = _locate(path)
-    found = Found(local)
-    found.tensors["vae"], found.known["vae"] = _read_vae(local)
-    return _build("vae", found, local, device, dtype or torch.float32, None)
+    tensors, known = _read_vae(local)
+    return _build("vae", Found(local, {"vae": tensors}, {"vae": known}), local, device, dtype or torch.float32, None)
 
 
 # ---- out ----
@@ -345,7 +246,7 @@ def save_checkpoint(parts: Parts, path, layout="ldm", metadata=None, shared=None
             raise ValueError(f"{path}: exists and is not a diffusers folder; not overwritten")
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
-            _write_folder(parts, temporary, record)
+            write_folder(parts, temporary, record)
         return
     if layout != "ldm":
         raise ValueError(f'layout must be "ldm" or "diffusers", got {layout!r}')
@@ -389,70 +290,3 @@ def _as_published(text):
     return tensors, config
 
 
-def _write_folder(parts, path, record):
-    """A diffusers folder that its pipelines open."""
-    u, v, t = parts.unet.config, parts.vae.config, parts.text.config
-    kinds = {v.z_channels: "StableDiffusionPipeline", 2 * v.z_channels: "StableDiffusionInstructPix2PixPipeline"}
-    if u.in_channels not in kinds:
-        raise ValueError(f"no diffusers pipeline for {u.in_channels} input channels and latents of {v.z_channels}")
-    if u.channel_mult[0] != 1 or v.channel_mult[0] != 1:
-        raise ValueError("diffusers has no models whose first level is wider than their first convolution")
-    widths = [u.model_channels * m for m in u.channel_mult]
-    down = ["CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in u.attention_levels]
-    vae_widths = [v.channels * m for m in v.channel_mult]
-    layers = t.layers - t.skip_last
-    configs = {
-        "model_index": {
-            "_class_name": kinds[u.in_channels], "_diffusers_version": "0.18.0", "feature_extractor": [None, None],
-            "requires_safety_checker": False, "safety_checker": [None, None], "scheduler": ["diffusers", "DDIMScheduler"],
-            "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
-            "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]},
-        "unet/config": {
-            "_class_name": "UNet2DConditionModel", "sample_size": parts.image_size // v.downsampling,
-            "in_channels": u.in_channels, "out_channels": u.out_channels, "block_out_channels": widths,
-            "layers_per_block": u.num_res_blocks, "down_block_types": down, "mid_block_type": "UNetMidBlock2DCrossAttn",
-            "up_block_types": [name.replace("Down", "Up") for name in reversed(down)],
-            "attention_head_dim": u.num_heads if u.head_channels is None else [u.heads(c) for c in widths],
-            "cross_attention_dim": u.context_dim, "transformer_layers_per_block": u.transformer_depth,
-            "use_linear_projection": u.linear_proj, "norm_num_groups": u.norm_groups, "norm_eps": 1e-5, "act_fn": "silu",
-            "flip_sin_to_cos": True, "freq_shift": 0, "center_input_sample": False, "downsample_padding": 1},
-        "vae/config": {
-            "_class_name": "AutoencoderKL", "sample_size": parts.image_size, "in_channels": v.in_channels,
-            "out_channels": v.in_channels, "latent_channels": v.z_channels, "block_out_channels": vae_widths,
-            "layers_per_block": v.num_res_blocks, "down_block_types": ["DownEncoderBlock2D"] * len(vae_widths),
-            "up_block_types": ["UpDecoderBlock2D"] * len(vae_widths), "norm_num_groups": v.norm_groups,
-            "scaling_factor": v.scale_factor, "act_fn": "silu"},
-        "text_encoder/config": {
-            "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "vocab_size": t.vocab_size,
-            "hidden_size": t.width, "intermediate_size": 4 * t.width, "num_hidden_layers": layers,
-            "num_attention_heads": t.heads, "max_position_embeddings": t.context_length, "layer_norm_eps": 1e-5,
-            "hidden_act": "quick_gelu" if t.quick_gelu else "gelu", "bos_token_id": t.vocab_size - 2,
-            "eos_token_id": t.vocab_size - 1, "pad_token_id": t.vocab_size - 1 if t.pad_with_end else 0,
-            "projection_dim": t.projection_dim or t.width},
-        "scheduler/scheduler_config": {              # the original's DDIM
-            "_class_name": "DDIMScheduler", **SCHEDULE, "prediction_type": PREDICTION[parts.parameterization],
-            "timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False},
-        "ip2p": {key: value for key, value in record.items() if key not in MODELS}}     # those have their own configs
-    text = {name: tensor for name, tensor in parts.text.state_dict().items() if name != "text_projection"
-            and not any(name.startswith(f"transformer.resblocks.{i}.") for i in range(layers, t.layers))}
-    weights = {"unet/diffusion_pytorch_model": keys.unet_to_diffusers(parts.unet.state_dict(), u),
-               "vae/diffusion_pytorch_model": keys.vae_to_diffusers(parts.vae.state_dict(), v),
-               "text_encoder/model": keys.text_to_hf(text)}
-    end = "<|endoftext|>"
-    bpe = Tokenizer(t).bpe
-    vocab = dict(zip([*list(bpe.encoder)[:-2], "<|startoftext|>", end], range(t.vocab_size)))
-    # Id 0 is "!", but naming that as the padding, as Stable Diffusion 2 does, would turn a prompt's "!" into padding too.
-    pad = end if t.pad_with_end else "<|pad|>"
-    vocab.setdefault(pad, 0)
-    special = dict(bos_token="<|startoftext|>", eos_token=end, unk_token=end, pad_token=pad)
-    configs["tokenizer/special_tokens_map"] = special
-    configs["tokenizer/tokenizer_config"] = {"tokenizer_class": "CLIPTokenizer", "model_max_length": t.context_length,
-                                             "do_lower_case": True, "errors": "replace", **special}
-    configs["tokenizer/vocab"] = vocab
-    for name, config in configs.items():
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / f"{name}.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    merges = ["#version: 0.2", *(" ".join(pair) for pair in bpe.bpe_ranks)]
-    (path / "tokenizer/merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
-    for name, tensors in weights.items():
-        write_safetensors(path / f"{name}.safetensors", tensors, {})
