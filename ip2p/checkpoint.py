@@ -140,6 +140,8 @@ def _read_file(path, use_shared=True):
         raise ValueError(f"{path}: holds no UNet (model.diffusion_model.*) among its {_some(names)} tensors")
     if tensors:
         raise ValueError(f"{path}: unknown keys: {_some(tensors)}")
+    if hf and text:
+        raise ValueError(f"{path}: holds two text encoders (cond_stage_model.transformer.* and cond_stage_model.model.*)")
     if ema:                                                              # what the original samples with
         averaged = {name: ema.pop(keys.ema_name(name).removeprefix("model_ema."), None) for name in unet}
         if missing := [name for name, tensor in averaged.items() if tensor is None]:

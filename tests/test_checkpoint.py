@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from ip2p import keys
-from ip2p.checkpoint import Parts, _as_published, load_checkpoint, read_state_dict, save_checkpoint
+from ip2p.checkpoint import (Parts, _as_published, load_checkpoint, load_vae, read_state_dict, save_checkpoint,
+                             save_vae)
 from ip2p.text import TextConfig, TextEncoder, Tokenizer, import_open_clip
 from ip2p.unet import UNet, UNetConfig
 from ip2p.vae import AutoencoderKL, VAEConfig
@@ -212,12 +213,11 @@ def test_published_file_without_a_record(tmp_path, kind, wrap, capsys):
     parts = published_like(kind)
     state = public(parts)
     if wrap == "noise":        # what the original files hold beside the weights
-        state |= {"betas": torch.ones(3), "alphas_cumprod_prev": torch.ones(3), "sqrt_one_minus_alphas_cumprod": torch.ones(3),
-                  "posterior_variance": torch.ones(3), "log_one_minus_alphas_cumprod": torch.ones(3), "logvar": torch.ones(3),
-                  "lvlb_weights": torch.ones(3), "model_ema.decay": torch.tensor(.9), "model_ema.num_updates": torch.tensor(3),
-                  "first_stage_model.loss.logvar": torch.ones(1), "cond_stage_model.logit_scale": torch.ones(()),
-                  "cond_stage_model.model.attn_mask" if kind == "sd2" else
-                  "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(12)[None]}
+        state |= {name: torch.ones(3) for name in (
+            "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_one_minus_alphas_cumprod", "posterior_variance",
+            "log_one_minus_alphas_cumprod", "logvar", "lvlb_weights", "model_ema.decay", "model_ema.num_updates",
+            "first_stage_model.loss.logvar", "cond_stage_model.logit_scale", "cond_stage_model.model.attn_mask",
+            "cond_stage_model.transformer.text_model.embeddings.position_ids")}
     if wrap == "ddp":
         state = {f"module.{k}": v for k, v in state.items()}
     torch.save({"state_dict": {"state_dict": state}} if wrap == "nested" else {"state_dict": state}, tmp_path / "m.ckpt")
@@ -264,6 +264,25 @@ def test_precision(tmp_path, saved, dtype):
             assert same(getattr(kept, model), getattr(parts, model))
         assert same(loaded.unet, parts.unet.to(torch.float32))
         parts.unet.to(dtype)
+
+
+def test_saving_at_another_precision(tmp_path, saved):
+    parts = saved[0]
+    for name in ("m.safetensors", "m.ckpt"):
+        save_checkpoint(parts, tmp_path / name, dtype=torch.float16)
+        assert {t.dtype for t in read_state_dict(tmp_path / name)[0].values()} == {torch.float16}
+        loaded = load_checkpoint(tmp_path / name)
+        assert torch.equal(loaded.unet.out[2].weight, parts.unet.out[2].weight.half().float())
+    assert parts.unet.out[2].weight.dtype == torch.float32
+
+
+def test_autoencoder_alone(tmp_path, saved):
+    vae = tiny("odd").vae
+    save_vae(vae, tmp_path / "vae.safetensors", {"steps": 5})
+    assert same(load_vae(tmp_path / "vae.safetensors"), vae)
+    assert read_state_dict(tmp_path / "vae.safetensors")[1]["steps"] == 5
+    for path in (saved[1], saved[2], saved[2] / "vae"):
+        assert same(load_vae(path), saved[0].vae)
 
 
 def test_separate_vae(tmp_path, saved):
@@ -473,7 +492,7 @@ def test_what_is_not_a_checkpoint_is_refused_by_name(tmp_path, saved):
     lie["model.diffusion_model.out.2.bias"]["shape"] = [5]
     lie = json.dumps(lie).encode()
     cases = {
-        "lfs.safetensors": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4265380512\n", "Git-LFS pointer"),
+        "lfs.safetensors": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 42\n", "Git-LFS pointer"),
         "page.ckpt": (b"<!DOCTYPE html><html><body>Sign in", "a web page"),
         "page2.ckpt": (b"\n\n <HTML>\nSign in", "a web page"),
         "empty.ckpt": (b"", "empty"),
@@ -486,7 +505,7 @@ def test_what_is_not_a_checkpoint_is_refused_by_name(tmp_path, saved):
         "halfold.ckpt": (old[:len(old) // 2], "truncated"),
         "text.ckpt": (b"just some words in a file", "neither safetensors nor"),
         "json.safetensors": (good[:9] + b"!!" + good[11:], "malformed safetensors header"),
-        "lie.safetensors": (len(lie).to_bytes(8, "little") + lie + good[8 + header:], "out.2.bias of shape [5] takes 16 bytes"),
+        "lie.safetensors": (len(lie).to_bytes(8, "little") + lie + good[8 + header:], "bias of shape [5] takes 16 bytes"),
         "list.ckpt": (None, "holds no state_dict"),
         "nothing.ckpt": (None, "holds no tensors"),
         "other.zip.ckpt": (None, "not one of torch.save"),
@@ -532,6 +551,8 @@ def test_keys_are_strict_both_ways(tmp_path, saved):
         assert words in message
     assert "holds no VAE" in refused(**{k: None for k in state if k.startswith("first_stage_model")})
     assert "holds no text encoder" in refused(**{k: None for k in state if k.startswith("cond_stage_model")})
+    both = {"cond_stage_model.model." + k: v for k, v in saved[0].text.state_dict().items()}
+    assert "holds two text encoders" in refused(**both)
     assert "holds no UNet" in refused(**{k: None for k in state if k.startswith(unet)})
     record["unet"]["colour"] = "green"
     assert "unknown UNetConfig fields: colour" in refused()
@@ -610,10 +631,12 @@ def test_shards_variants_pickles_and_old_names(tmp_path, saved):
     assert "00002-of-00002.bin: no such file" in error_of(folder)
 
     folder = fresh()
-    (folder / f"unet/{unet}.safetensors").rename(folder / f"unet/{unet}.fp16.safetensors")          # only this one
-    shutil.copy(folder / f"unet/{unet}.fp16.safetensors", folder / f"vae/{unet}.fp16.safetensors")  # not this: there is a full one
+    half = folder / f"unet/{unet}.fp16.safetensors"
+    (folder / f"unet/{unet}.safetensors").rename(half)                            # there is only this one
+    shutil.copy(half, folder / "vae")                                             # not to be read: there is a full one
     text, _ = read_state_dict(folder / "text_encoder/model.safetensors")
-    text = {name.removeprefix("text_model."): tensor for name, tensor in text.items()} | {"embeddings.position_ids": torch.arange(12)}
+    text = {name.removeprefix("text_model."): tensor for name, tensor in text.items()}
+    text["embeddings.position_ids"] = torch.arange(12)
     torch.save(text, folder / "text_encoder/pytorch_model.bin")
     (folder / "text_encoder/model.safetensors").unlink()
     vae, _ = read_state_dict(folder / f"vae/{unet}.safetensors")

@@ -1,0 +1,64 @@
+"""Every command in the README, at small size, and what it says of the files."""
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines() if line.strip()]
+SMALLER = {"sample.py": "--steps 2", "train.py": "--steps 2 --batch-size 2 --block 4 --reuse 1 --score-examples 2"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder that looks like a clone, with a small stand-in for the public checkpoint and a photograph."""
+    from ip2p.checkpoint import Parts, save_checkpoint
+    from ip2p.text import TextConfig, TextEncoder
+    from ip2p.unet import UNet, UNetConfig
+    from ip2p.vae import AutoencoderKL, VAEConfig
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("sample.py", "train.py", "ip2p", "weights", "tests", "pyproject.toml"):
+        (folder / name).symlink_to(ROOT / name)
+    torch.manual_seed(0)
+    parts = Parts(UNet(UNetConfig(8, 4, 32, (1, 2), 1, (True, False), context_dim=64, num_heads=8)),
+                  AutoencoderKL(VAEConfig(32, (1, 1, 1, 1), 1)), TextEncoder(TextConfig(width=64, layers=1, heads=1)),
+                  "eps", 64, {})
+    save_checkpoint(parts, folder / "instruct-pix2pix-00-22000.safetensors")
+    Image.new("RGB", (96, 64), "green").save(folder / "photo.jpg")
+    return folder
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_readme_command_runs(command, folder):
+    command = re.sub(r"^pip install .* && ", "", command.split("  #")[0])
+    program, *words = shlex.split(command)
+    assert program == "python", f"a README command that this test does not know: {command}"
+    if "pytest" in words:
+        words.append("--collect-only")
+    words += shlex.split(SMALLER.get(words[0], ""))
+    done = subprocess.run([sys.executable, *words], cwd=folder, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_first_command_writes_the_file_it_names(folder):
+    """Runs after the commands above, in their folder."""
+    assert (folder / "outputs" / "fox-make-it-night.png").exists()
+
+
+def test_file_guide_names_every_module():
+    guide = README[README.index("## What is in the files"):]
+    missing = [p.name for p in [*(ROOT / "ip2p").glob("*.py"), *ROOT.glob("*.py")] if p.name != "__init__.py" and p.name not in guide]
+    assert not missing
+
+
+def test_pictures_in_the_readme_exist():
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README)
+    assert pictures and all((ROOT / p).exists() for p in pictures)
