@@ -27,6 +27,7 @@ IGNORED = re.compile(r"betas|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_.*|pos
 SD1_TEXT = dict(quick_gelu=True, skip_last=0, pad_with_end=True)
 SD2_TEXT = dict(quick_gelu=False, skip_last=1, pad_with_end=False)
 MODELS = {"unet": (UNet, UNetConfig), "vae": (AutoencoderKL, VAEConfig), "text": (TextEncoder, TextConfig)}
+NAMES = {"unet": "UNet", "vae": "VAE", "text": "text encoder"}
 
 
 @dataclass
@@ -67,9 +68,9 @@ def load_checkpoint(path, *, device=None, dtype=None, vae=None, in_channels=None
     found = Found(local, *read_folder(local)) if local.is_dir() else _read_file(local)
     if vae is not None:
         found.tensors["vae"], found.known["vae"] = _read_vae(_locate(vae))
-    for part, name in (("vae", "VAE"), ("text", "text encoder")):
+    for part in ("vae", "text"):
         if not found.tensors.get(part):
-            raise ValueError(f"{local}: holds no {name}" + ("; name one with `vae`" if part == "vae" else ""))
+            raise ValueError(f"{local}: holds no {NAMES[part]}" + ("; name one with `vae`" if part == "vae" else ""))
     import_open_clip()                                   # not on the meta device, where models are built
     where = {"unet": local, "vae": vae or local, "text": local}
     unet, vae, text = (_build(part, found, where[part], device, dtype or torch.float32, in_channels) for part in MODELS)
@@ -149,19 +150,18 @@ def _read_file(path, use_shared=True):
         if ema:
             raise ValueError(f"{path}: unknown EMA keys: {_some(ema)}")
         unet = averaged
-    known = {part: record.get(part, {}) for part in MODELS}
-    if not all(isinstance(fields, dict) for fields in known.values()):
+    known, shared = {part: record.get(part, {}) for part in MODELS}, record.get("shared", {})
+    if not all(isinstance(fields, dict) for fields in (*known.values(), shared)) or not set(shared) <= {"vae", "text"}:
         raise ValueError(f"{path}: its record of configurations is malformed")
     known["text"] = {**(SD2_TEXT if text else SD1_TEXT), **known["text"]}
     found = Found(path, {"unet": unet, "vae": vae, "text": text or keys.text_from_hf(hf)}, known, record,
                   record.get("parameterization"), record.get("image_size"))
-    if use_shared and (name := record.get("shared")):
-        sibling = path.parent / Path(name).name                          # a plain name: nothing outside of the folder
+    for part, name in shared.items() if use_shared else ():
+        sibling = path.parent / Path(str(name)).name                          # a plain name: nothing outside of the folder
         if not sibling.is_file():
-            raise ValueError(f"{path}: its VAE and text encoder are in {Path(name).name}, which is missing beside it")
+            raise ValueError(f"{path}: its {NAMES[part]} is in {sibling.name}, which is missing beside it")
         other = _read_file(sibling, use_shared=False)
-        for part in ("vae", "text"):
-            found.tensors[part], found.known[part] = other.tensors[part], other.known[part]
+        found.tensors[part], found.known[part] = other.tensors[part], other.known[part]
     return found
 
 
@@ -179,7 +179,7 @@ def _build(part, found, path, device, dtype, in_channels):
     """A model of the tensors found, which are used in place where device and dtype allow."""
     tensors = dict(found.tensors[part])
     model_class, config_class = MODELS[part]
-    what = {"unet": "UNet", "vae": "VAE", "text": "text encoder"}[part]
+    what = NAMES[part]
     try:
         config = keys.config_from(config_class, tensors, found.known[part])
         if part == "unet" and in_channels is not None and in_channels != config.in_channels:
@@ -232,15 +232,16 @@ def save_checkpoint(parts: Parts, path, layout="ldm", metadata=None, shared=None
     """Writes a checkpoint that Stable Diffusion programs open.
 
     layout: "ldm" for one file in the original's layout (.safetensors; .ckpt, .pt and .pth are pickles), "diffusers" for
-    a folder. metadata: the training record to write, `parts.metadata` if None. shared: the name of a file in the same
-    folder that holds the VAE and the text encoder, which are then left out of this one. dtype: of the numbers in a single
-    file; the models' own if None.
+    a folder. metadata: the training record to write, `parts.metadata` if None. shared: parts to leave out because a file in
+    the same folder holds them, such as {"vae": "sd.safetensors"}. dtype: of the numbers in a single file; the models' own
+    if None.
     The old file or folder is replaced only once the new one is complete. ValueError for what cannot be written.
     """
     path = Path(path)
     record = copy.deepcopy(parts.metadata if metadata is None else metadata)
     record |= dict(parameterization=parts.parameterization, image_size=parts.image_size)
-    record.pop("shared", None)
+    shared = shared or {}
+    record = {key: value for key, value in record.items() if key not in ("shared", *MODELS)}
     if layout == "diffusers":
         if shared:
             raise ValueError("a diffusers folder holds all of its parts: `shared` goes with layout=\"ldm\"")
@@ -256,20 +257,21 @@ def save_checkpoint(parts: Parts, path, layout="ldm", metadata=None, shared=None
         raise ValueError(f"{path}: the name of a checkpoint file ends in .safetensors or .ckpt")
     if path.is_dir():
         raise ValueError(f"{path}: is a folder")
-    if shared and Path(shared).name != shared:
-        raise ValueError(f"`shared` must be the plain name of a file in the same folder, got {shared!r}")
+    if not set(shared) <= {"vae", "text"} or any(Path(name).name != name for name in shared.values()):
+        raise ValueError(f"`shared` must give \"vae\" or \"text\" the plain name of a file in the same folder, got {shared!r}")
 
     tensors = {f"model.diffusion_model.{name}": t for name, t in parts.unet.state_dict().items()}
     record["unet"] = asdict(parts.unet.config)
     if shared:
-        record = {key: value for key, value in record.items() if key not in ("vae", "text")} | {"shared": shared}
-    else:
+        record["shared"] = shared
+    if "vae" not in shared:
+        record["vae"] = asdict(parts.vae.config)
+        tensors |= {f"first_stage_model.{name}": t for name, t in parts.vae.state_dict().items()}
+    if "text" not in shared:
         text, config = _as_published(parts.text)
-        record |= {"vae": asdict(parts.vae.config), "text": asdict(config)}
-        prefix = "cond_stage_model.model."
+        record["text"], prefix = asdict(config), "cond_stage_model.model."
         if config.quick_gelu:
             prefix, text = "cond_stage_model.transformer.", keys.text_to_hf(text)
-        tensors |= {f"first_stage_model.{name}": t for name, t in parts.vae.state_dict().items()}
         tensors |= {prefix + name: t for name, t in text.items()}
     tensors = {name: t.to(dtype or t.dtype) for name, t in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)

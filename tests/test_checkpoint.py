@@ -193,16 +193,20 @@ def test_shared_parts_are_stored_once(tmp_path):
     base, editor = tiny("odd"), tiny("odd", seed=50)
     editor.vae, editor.text = base.vae, base.text
     save_checkpoint(base, tmp_path / "sd.safetensors")
-    save_checkpoint(editor, tmp_path / "edit.safetensors", shared="sd.safetensors")
+    save_checkpoint(editor, tmp_path / "edit.safetensors", shared={"vae": "sd.safetensors", "text": "sd.safetensors"})
     assert all(k.startswith("model.diffusion_model.") for k in read_state_dict(tmp_path / "edit.safetensors")[0])
     loaded = load_checkpoint(tmp_path / "edit.safetensors")
     assert same_parts(loaded, editor)
     save_checkpoint(loaded, tmp_path / "whole.safetensors")                   # and can be put together again
+    editor.text = tiny("odd", seed=60).text
+    save_checkpoint(editor, tmp_path / "own-text.safetensors", shared={"vae": "sd.safetensors"})
+    assert same_parts(load_checkpoint(tmp_path / "own-text.safetensors"), editor)
+    editor.text = base.text
     (tmp_path / "sd.safetensors").unlink()
     assert same_parts(load_checkpoint(tmp_path / "whole.safetensors"), editor)
     assert "sd.safetensors, which is missing beside it" in error_of(tmp_path / "edit.safetensors")
     with pytest.raises(ValueError, match="plain name"):
-        save_checkpoint(editor, tmp_path / "x.safetensors", shared="../sd.safetensors")
+        save_checkpoint(editor, tmp_path / "x.safetensors", shared={"vae": "../sd.safetensors"})
 
 
 # ---- the published layouts ----

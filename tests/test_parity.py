@@ -17,12 +17,12 @@ def relative_error(x, reference):
     return ((x - reference).norm() / reference.norm()).item()
 
 
-def reference_pipeline(sd2=False, seed=0):
+def reference_pipeline(sd2=False, seed=0, in_channels=8):
     """diffusers' InstructPix2Pix at small size, in the shape of SD 1 or SD 2, random weights."""
     torch.manual_seed(seed)
     width = 64
     unet = diffusers.UNet2DConditionModel(
-        sample_size=8, in_channels=8, out_channels=4, block_out_channels=(64, 128), layers_per_block=1, norm_num_groups=32,
+        sample_size=8, in_channels=in_channels, out_channels=4, block_out_channels=(64, 128), layers_per_block=1, norm_num_groups=32,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=width, attention_head_dim=[1, 2] if sd2 else 8, use_linear_projection=sd2)
     vae = diffusers.AutoencoderKL(
@@ -103,20 +103,68 @@ def test_tokens_equal_transformers(hard, tmp_path):
     assert ours([hard]).tolist() == ids
 
 
-@pytest.mark.slow
-def test_full_size_unet_equals_diffusers():
-    """Stable Diffusion 1.5's size, 859.5 M parameters, on 64x64 latents: relative error below 1e-5 in float32."""
-    from ip2p.keys import unet_from_diffusers
-    from ip2p.unet import UNet, UNetConfig
-    torch.manual_seed(0)
-    theirs = diffusers.UNet2DConditionModel(
-        sample_size=64, in_channels=8, out_channels=4, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768,
-        attention_head_dim=8)
-    with torch.device("meta"):
-        ours = UNet(UNetConfig(in_channels=8))
-    ours.load_state_dict(unet_from_diffusers(theirs.state_dict()), assign=True)
-    generator = torch.Generator().manual_seed(1)
-    x, context = torch.randn(1, 8, 64, 64, generator=generator), torch.randn(1, 77, 768, generator=generator)
+@pytest.mark.parametrize("sd2", [False, True], ids=["SD1", "SD2"])
+def test_text_to_picture_equals_diffusers(sd2, tmp_path):
+    unet, vae, text, scheduler = reference_pipeline(sd2, in_channels=4)
+    parts = dict(unet=unet, vae=vae, text_encoder=text, scheduler=scheduler)
+    for name, part in parts.items():
+        part.save_pretrained(tmp_path / name)
+    (tmp_path / "model_index.json").write_text("{}")
+    ours = InstructPix2Pix.load(tmp_path)
     with torch.no_grad():
-        expected = theirs(x, torch.tensor([500]), context).sample
-        assert relative_error(ours(x, torch.tensor([500]), context), expected) < 1e-5
+        embeds = text(ours.tokenizer(["a fox in a meadow", "rain"])).last_hidden_state
+    x_T = torch.randn(1, 4, 8, 16, generator=torch.Generator().manual_seed(3))
+    pipeline = diffusers.StableDiffusionPipeline(**parts, tokenizer=None, safety_checker=None, feature_extractor=None,
+                                                 requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(prompt_embeds=embeds[:1], negative_prompt_embeds=embeds[1:], latents=x_T, height=64, width=128,
+                      num_inference_steps=10, guidance_scale=5.0, output_type="np").images
+    picture, = ours.generate("a fox in a meadow", negative_prompt="rain", steps=10, cfg_text=5.0, size=(128, 64), x_T=x_T,
+                             progress=False)
+    assert np.abs(np.asarray(picture) / 255.0 - theirs[0]).max() < 0.5 / 255 + 1e-3
+
+
+@pytest.mark.slow
+def test_full_size_models_equal_diffusers_and_transformers():
+    """Stable Diffusion 1.5's sizes: the UNet's 859.5 M parameters on 64x64 latents, the VAE both ways on a 256x256 picture,
+    the text encoder on 77 tokens: relative errors below 1e-5 in float32."""
+    from ip2p import keys
+    from ip2p.text import TextConfig, TextEncoder, Tokenizer
+    from ip2p.unet import UNet, UNetConfig
+    from ip2p.vae import AutoencoderKL, VAEConfig
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
+
+    def build(model_class, config, tensors):
+        with torch.device("meta"):
+            model = model_class(config)
+        model.load_state_dict(tensors, assign=True)
+        return model
+
+    errors = {}
+    with torch.no_grad():
+        theirs = transformers.CLIPTextModel(transformers.CLIPTextConfig(
+            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, hidden_act="quick_gelu"))
+        ours = build(TextEncoder, TextConfig(), keys.text_from_hf(theirs.state_dict()))
+        ids = Tokenizer()(["a watercolor of a fox in a meadow, at night"])
+        context = theirs(ids).last_hidden_state
+        errors["text"] = relative_error(ours(ids), context)
+
+        theirs = diffusers.UNet2DConditionModel(
+            sample_size=64, in_channels=8, out_channels=4, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768,
+            attention_head_dim=8)
+        ours = build(UNet, UNetConfig(in_channels=8), keys.unet_from_diffusers(theirs.state_dict()))
+        assert len(ours.state_dict()) == 686
+        x, t = torch.randn(1, 8, 64, 64, generator=generator), torch.tensor([500])
+        errors["unet"] = relative_error(ours(x, t, context), theirs(x, t, context).sample)
+
+        theirs = diffusers.AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4, latent_channels=4,
+            up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, sample_size=512)
+        ours = build(AutoencoderKL, VAEConfig(), keys.vae_from_diffusers(theirs.state_dict()))
+        pixels = torch.rand(1, 3, 256, 256, generator=generator) * 2 - 1
+        z = theirs.encode(pixels).latent_dist
+        errors["encode"] = relative_error(ours.encode(pixels).mode(), z.mode())
+        errors["decode"] = relative_error(ours.decode(z.mode()), theirs.decode(z.mode()).sample)
+    print(errors)
+    assert all(error < 1e-5 for error in errors.values()), errors
