@@ -90,7 +90,7 @@ class InstructPix2Pix:
         negative_prompt: what guidance leads away from, in the place of "".
         seed: of the first picture made from an input; the next have seed + 1, ...: `num_images` of each.
         size: the long side in the model, rounded to `size_multiple`; the model's own if None.
-        x_T: the noise to start from instead, (pictures, z, h, w) of unit variance, if all pictures have one size.
+        x_T: the noise to start from instead, (results, z, h, w) of unit variance, if all pictures have one size.
         Returns the pictures at the size they were made at, `num_images` of each input in a row. A blank instruction
         gives the picture back through the autoencoder. Raises ValueError for what cannot be done.
         """
@@ -102,25 +102,22 @@ class InstructPix2Pix:
         images = [to_rgb(image) for image in images]                      # upright before anything looks at their sizes
         for image in images:
             check_shape(image)
-        sizes = [model_size(*image.size, size or self.parts.image_size, self.size_multiple) for image in images]
-        if x_T is not None and len(set(sizes)) > 1:
-            raise ValueError(f"x_T needs pictures of one size, got {sorted(set(sizes))}")
+        kinds = [(*model_size(*image.size, size or self.parts.image_size, self.size_multiple), bool(prompt.strip()))
+                 for image, prompt in zip(images, prompts)]
+        if x_T is not None and len(set(kinds)) > 1:
+            raise ValueError("x_T needs pictures of one size, each with an instruction")
 
         results = [None] * len(images)
-        for width, height in dict.fromkeys(sizes):                        # pictures of one size make one batch
-            batch = [i for i, s in enumerate(sizes) if s == (width, height)]
-            pixels = torch.stack([to_pixels(images[i], width, height) for i in batch])
-            image_latents = self.vae.encode(pixels.to(self.device, self.dtype)).mode().float()
-            told = [j for j, i in enumerate(batch) if prompts[i].strip()]
-            latents = image_latents.repeat_interleave(num_images, 0)      # what blank instructions give back
+        for width, height, told in dict.fromkeys(kinds):                  # pictures of one kind make one batch
+            batch = [i for i, kind in enumerate(kinds) if kind == (width, height, told)]
+            pixels = torch.stack([to_pixels(images[i], width, height) for i in batch]).to(self.device, self.dtype)
+            latents = self.vae.encode(pixels).mode().float().repeat_interleave(num_images, 0)
             if told:
-                texts = [prompts[batch[j]] for j in told for _ in range(num_images)]
-                chosen = image_latents[told].repeat_interleave(num_images, 0)
+                texts = [prompts[i] for i in batch for _ in range(num_images)]
                 denoise = instruct_denoiser(self.predict, self.encode_text(texts), self._null(negative_prompt, len(texts)),
-                                            chosen, cfg_text, cfg_image)
-                z = self._sample(denoise, chosen.shape, steps, sampler, seed, num_images, x_T, eta, progress)
-                rows = [j * num_images + k for j in told for k in range(num_images)]
-                latents[rows] = z / self.vae.config.scale_factor
+                                            latents, cfg_text, cfg_image)
+                z = self._sample(denoise, latents.shape, steps, sampler, seed, num_images, x_T, eta, progress)
+                latents = z / self.vae.config.scale_factor                # the image latents above are unscaled
             pictures = to_images(self.vae.decode(latents.to(self.dtype)))
             for j, i in enumerate(batch):
                 results[i] = pictures[j * num_images:(j + 1) * num_images]
