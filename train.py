@@ -8,7 +8,6 @@ goes on when the command is repeated.
 """
 import argparse
 import json
-import math
 import subprocess
 from contextlib import nullcontext
 from dataclasses import replace
@@ -26,6 +25,7 @@ from ip2p.clip_filter import build_clip, load_clip, normalize_pixels, save_clip
 from ip2p.guidance import dropout_masks
 from ip2p.images import contact_sheet, save_image, to_images, to_pixels
 from ip2p.schedule import add_noise, make_alphas_cumprod, velocity
+from ip2p.tensorfiles import read_state_dict
 from ip2p.text import TextConfig, TextEncoder, Tokenizer
 from ip2p.training import fit, seeded
 from ip2p.unet import ResBlock, UNet, UNetConfig
@@ -58,7 +58,7 @@ def train_vae(args, world):
             y = vae.decode(z).float()
         mse, kl = F.mse_loss(y, x), posterior.kl().float().mean()
         loss = F.l1_loss(y, x) + 5 * mse + 1e-6 * kl
-        return loss, dict(psnr=10 * math.log10(4 / mse.item()), kl=kl)
+        return loss, dict(psnr=10 * (4 / mse.detach()).log10(), kl=kl)
 
     held_out, _ = world.pictures(args.seed, 0, 8, "combinations")
 
@@ -210,8 +210,8 @@ def train_base(args, world):
     sheet(args.out / "base" / "sheet-final.png")
     with torch.no_grad():
         record["held_out_loss"] = round(float(loss_fn(0, draw(0, args.score_examples, "combinations"), dropout=0)[0]), 4)
-    save_checkpoint(parts, args.out / "mini-sd.safetensors", metadata=record | dict(cfg_text=args.cfg_text),
-                    dtype=torch.float16)
+    record |= dict(cfg_text=args.cfg_text, autoencoder=history(read_state_dict(args.out / "vae.safetensors")[1]))
+    save_checkpoint(parts, args.out / "mini-sd.safetensors", metadata=record, dtype=torch.float16)
     return record
 
 
@@ -257,8 +257,11 @@ def train_edit(args, world):
     sheet(args.out / "edit" / "sheet-final.png", per_kind=6)
     with torch.no_grad():
         record["held_out_loss"] = round(float(loss_fn(0, draw(0, args.score_examples, "combinations"), dropout=0)[0]), 4)
-    record |= dict(cfg_text=args.cfg_text, cfg_image=args.cfg_image) | score_edits(editor, world, args)
-    save_checkpoint(editor.parts, args.out / "mini-ip2p.safetensors", metadata=record, dtype=torch.float16)
+    record |= dict(cfg_text=args.cfg_text, cfg_image=args.cfg_image, base=history(base.metadata))
+    record |= score_edits(editor, world, args)
+    together = args.base.resolve().parent == args.out.resolve()          # then the autoencoder is stored once
+    save_checkpoint(editor.parts, args.out / "mini-ip2p.safetensors", metadata=record, dtype=torch.float16,
+                    shared={"vae": args.base.name} if together else None)
     return record
 
 
@@ -305,6 +308,11 @@ def run(args, module, loss_fn, sheet=None):
     return dict(stage=args.stage, data=f"ip2p.world, {args.subset}", steps=result["step"], batch_size=args.batch_size,
                 minutes=round(result["seconds"] / 60, 1), finished=result["finished"], commit=commit(),
                 date=str(date.today()))
+
+
+def history(record: dict) -> dict:
+    """What a file's metadata says of its training, without its configurations."""
+    return {k: v for k, v in record.items() if k not in ("unet", "vae", "text", "shared", "parameterization", "image_size")}
 
 
 def commit() -> str:
