@@ -1,5 +1,8 @@
 """The training loop, and every stage of train.py at tiny size."""
+import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,8 +24,6 @@ def make_run(folder, steps, minutes=None, stop_after=None):
 
     def loss_fn(step):
         if step == stop_after:
-            import os
-            import signal
             os.kill(os.getpid(), signal.SIGTERM)
         x = torch.randn(32, 8, generator=seeded(0, step))
         return (model(x) - x[:, :4] ** 2).square().mean(), {}
@@ -88,6 +89,25 @@ def test_muon_updates_are_nearly_orthogonal(shape):
     assert s.min() > 0.3 and s.max() < 1.3
     u, _, v = torch.linalg.svd(m, full_matrices=False)
     assert torch.cosine_similarity((u @ v).flatten(), x.flatten(), dim=0) > 0.95
+
+
+def test_pool_batches_depend_on_the_step_alone():
+    """Whatever came before, so that a resumed run sees what it would have seen; each example `reuse` times a block."""
+    sys.path.insert(0, str(ROOT))
+    from train import Pool
+    args = argparse.Namespace(batch_size=3, block=8, reuse=2, seed=0)
+
+    def draw(start, count):
+        return torch.arange(start, start + count), [f"caption {i}" for i in range(start, start + count)]
+
+    pool, seen = Pool(draw, args), []
+    for step in range(12):
+        numbers, captions = pool.batch(step)
+        fresh_numbers, fresh_captions = Pool(draw, args).batch(step)
+        assert torch.equal(numbers, fresh_numbers) and captions == fresh_captions
+        assert captions == [f"caption {i}" for i in numbers.tolist()]
+        seen += numbers.tolist()
+    assert sorted(seen) == sorted(2 * list(range(18)))            # blocks of 6 (two batches of 3), twice each
 
 
 @pytest.fixture(scope="module")
