@@ -8,7 +8,9 @@ goes on when the command is repeated.
 """
 import argparse
 import json
+import math
 import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import date
@@ -163,13 +165,13 @@ def encode(vae, pixels, args):
         return vae.encode(pixels).mode().float()
 
 
-def diffusion_loss(model, x0, context, t, noise, image_latents=None):
-    """Mean squared error of the predicted v. x0, noise: (B, z, h, w); t: (B,)."""
+def diffusion_loss(model, x0, context, t, noise, parameterization, image_latents=None):
+    """Mean squared error of the predicted eps or v. x0, noise, image_latents: (B, z, h, w); t: (B,)."""
     alphas_cumprod = make_alphas_cumprod()
     x = add_noise(x0, noise, t, alphas_cumprod)
     x = x if image_latents is None else torch.cat([x, image_latents], 1)
-    v = model(x, t, context).float()
-    return F.mse_loss(v, velocity(x0, noise, t, alphas_cumprod))
+    target = noise if parameterization == "eps" else velocity(x0, noise, t, alphas_cumprod)
+    return F.mse_loss(model(x, t, context).float(), target)
 
 
 def train_base(args, world):
@@ -185,7 +187,7 @@ def train_base(args, world):
 
     def draw(start, count, split="train"):
         pixels, captions = world.pictures(args.seed + 2, start, count, split)
-        return encode(vae, pixels, args), captions
+        return encode(vae, pixels, args) * vae.config.scale_factor, captions
 
     pool = Pool(draw, args)
 
@@ -196,7 +198,7 @@ def train_base(args, world):
         t, noise = torch.randint(0, 1000, (len(x0),), generator=rng), torch.randn(x0.shape, generator=rng)
         ids = tokenizer(["" if d else c for c, d in zip(captions, drop)]).to(args.device)
         with args.autocast():
-            loss = diffusion_loss(unet, x0, text(ids), t.to(args.device), noise.to(args.device))
+            loss = diffusion_loss(unet, x0, text(ids), t.to(args.device), noise.to(args.device), "v")
         return loss, {}
 
     parts = Parts(unet, vae, text, "v", 128, {})
@@ -217,7 +219,7 @@ def train_base(args, world):
 
 def train_edit(args, world):
     """The editor: the base widened by image latents, conditionings dropped at random, on the world's true pairs."""
-    base = load_checkpoint(args.base, in_channels=2 * VAE.z_channels)
+    base = load_checkpoint(args.base, in_channels=2 * load_vae(args.base).config.z_channels)
     unet, vae, text = base.unet.requires_grad_(True), base.vae, base.text.requires_grad_(True)
     model = nn.ModuleDict(dict(unet=unet, text=text)).to(args.device, memory_format=args.layout)
     vae.to(args.device)
@@ -225,7 +227,8 @@ def train_edit(args, world):
 
     def draw(start, count, split="train"):
         before, after, edits = world.pairs(args.seed + 3, start, count, split)
-        return encode(vae, before, args), encode(vae, after, args), [e.instruction for e in edits]
+        x0 = encode(vae, after, args) * vae.config.scale_factor
+        return encode(vae, before, args), x0, [e.instruction for e in edits]      # image latents are not scaled
 
     pool = Pool(draw, args)
 
@@ -237,10 +240,11 @@ def train_edit(args, world):
         ids = tokenizer(["" if d else i for i, d in zip(instructions, drop_text)]).to(args.device)
         image_latents = image_latents.masked_fill(drop_image.to(args.device)[:, None, None, None], 0)
         with args.autocast():
-            loss = diffusion_loss(unet, x0, text(ids), t.to(args.device), noise.to(args.device), image_latents)
+            loss = diffusion_loss(unet, x0, text(ids), t.to(args.device), noise.to(args.device), base.parameterization,
+                                  image_latents)
         return loss, {}
 
-    editor = InstructPix2Pix(Parts(unet, vae, text, "v", 128, {}))
+    editor = InstructPix2Pix(replace(base, metadata={}))
 
     def sheet(path, per_kind=3):
         cells = []
@@ -291,11 +295,11 @@ def start_as_identity(module):
                 nn.init.zeros_(p)
 
 
-DEFAULTS = {         # examples a step, learning rate (of AdamW's part), steps, EMA decay
-    "vae": dict(batch_size=16, lr=1e-3, steps=8000, ema_decay=0.999),
-    "clip": dict(batch_size=256, lr=1e-3, steps=2000, ema_decay=0.99),
-    "base": dict(batch_size=64, lr=1e-3, steps=20000, ema_decay=0.9995),
-    "edit": dict(batch_size=64, lr=5e-4, steps=10000, ema_decay=0.9995),
+DEFAULTS = {         # what made the shipped weights, on two CPU cores; a GPU has time for more of everything
+    "vae": dict(steps=3400, batch_size=16, ema_decay=0.999),
+    "clip": dict(steps=260, batch_size=128, ema_decay=0.99),
+    "base": dict(steps=1150, batch_size=48, ema_decay=0.998, reuse=4),
+    "edit": dict(steps=1800, batch_size=48, ema_decay=0.998, reuse=5),
 }
 
 
@@ -329,15 +333,37 @@ def main(args):
     for name, value in DEFAULTS[args.stage].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    check(args)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.base is None:
-        args.base = next((p for p in (args.out / "mini-sd.safetensors",) if p.exists()), WEIGHTS / "mini-sd.safetensors")
+        here = args.out / "mini-sd.safetensors"
+        args.base = here if here.exists() else WEIGHTS / here.name
     print(" ".join(f"{k}={v}" for k, v in vars(args).items()), flush=True)
     args.layout = torch.channels_last if args.device.startswith("cuda") else torch.contiguous_format      # 1.3 x on a CPU
-    args.autocast = lambda: torch.autocast(args.device, torch.bfloat16) if args.dtype == "bf16" else nullcontext()
+    args.autocast = lambda: torch.autocast(args.device.split(":")[0], torch.bfloat16) if args.dtype == "bf16" else nullcontext()
     torch.manual_seed(args.seed)                  # initial weights
     record = STAGES[args.stage](args, World(args.device, args.subset))
     print(json.dumps(record), flush=True)
+
+
+def check(args):
+    """ValueError for settings that cannot work."""
+    for name, least in (("steps", 1), ("batch_size", 2), ("block", args.batch_size), ("reuse", 1), ("score_examples", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if not 8 <= args.crop <= 128 or args.crop % 8:
+        raise ValueError(f"--crop must be a multiple of 8 up to 128, got {args.crop}")
+    for name in ("lr", "cooldown", "cfg_text", "cfg_image"):
+        if not math.isfinite(getattr(args, name)) or getattr(args, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be a finite number, not below zero, got {getattr(args, name)}")
+    for stage, name in (("vae", "vae.safetensors"), ("clip", "mini-clip.safetensors")):
+        if args.stage == "base" and not (args.out / name).exists():
+            raise ValueError(f"{args.out / name} is missing: train --stage {stage} with the same --out first")
+    try:
+        torch.ones(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device} cannot be used here ({str(error).splitlines()[0]})") from None
 
 
 if __name__ == "__main__":
@@ -347,7 +373,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, help="optimiser steps in all (default: the stage's own)")
     parser.add_argument("--minutes", type=float, help="stop after so many minutes; repeat the command to go on")
     parser.add_argument("--batch-size", type=int, help="examples a step (default: the stage's own)")
-    parser.add_argument("--lr", type=float, help="learning rate (default: the stage's own)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="of AdamW; Muon's is 20 times as much (default: %(default)s)")
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="muon", help="default: %(default)s")
     parser.add_argument("--warmup", type=int, default=100, help="steps of rising learning rate (default: %(default)s)")
     parser.add_argument("--cooldown", type=float, default=0.3, help="last share of the steps, with falling learning rate "
@@ -359,7 +385,7 @@ if __name__ == "__main__":
                         "own default (default: %(default)s)")
     parser.add_argument("--cfg-image", type=float, default=1.5, help="likewise for image guidance (default: %(default)s)")
     parser.add_argument("--block", type=int, default=4096, help="base, edit: examples drawn and encoded at a time (default: %(default)s)")
-    parser.add_argument("--reuse", type=int, default=4, help="base, edit: times that each is learned from (default: %(default)s)")
+    parser.add_argument("--reuse", type=int, help="base, edit: times that each is learned from (default: the stage's own)")
     parser.add_argument("--crop", type=int, default=64, help="vae: side of the crops (default: %(default)s)")
     parser.add_argument("--subset", choices=("core", "all"), default="core", help="nouns and places of the world (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
@@ -368,4 +394,8 @@ if __name__ == "__main__":
                         "edits are drawn in full for a sixth of as many (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the arithmetic; weights stay float32 (default: %(default)s)")
-    main(parser.parse_args())
+    try:
+        main(parser.parse_args())
+    except (ValueError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)

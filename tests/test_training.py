@@ -141,6 +141,21 @@ def test_the_trained_editor_edits(trained):
     assert picture.size == (128, 128) and model.parts.metadata["stage"] == "edit"
 
 
+@pytest.mark.parametrize("flags, complaint", [
+    ("--steps 0", "--steps must be at least 1, got 0"),
+    ("--batch-size 64 --block 32", "--block must be at least 64, got 32"),
+    ("--lr nan", "--lr must be a finite number"),
+    ("--device nonsense", "--device nonsense cannot be used here"),
+    ("--stage base", "vae.safetensors is missing: train --stage vae with the same --out first"),
+    ("--base missing.safetensors", "missing.safetensors: no such file"),
+])
+def test_bad_settings_get_one_line(flags, complaint, tmp_path):
+    done = subprocess.run([sys.executable, "train.py", "--out", str(tmp_path / "runs"), *flags.split()], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 2
+    assert complaint in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_help_explains_every_flag():
     done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
