@@ -1,4 +1,4 @@
-"""Every command in the README, at small size, and what it says of the files."""
+"""Every command in the README, at small size, and what the README says of the files."""
 import os
 import re
 import shlex
@@ -46,11 +46,10 @@ def test_readme_command_runs(command, folder):
     done = subprocess.run([sys.executable, *words], cwd=folder, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-
-
-def test_first_command_writes_the_file_it_names(folder):
-    """Runs after the commands above, in their folder."""
-    assert (folder / "outputs" / "fox-make-it-night.png").exists()
+    if words[0] == "sample.py":
+        written = [line for line in done.stdout.splitlines() if line.endswith(".png")]
+        assert written and all((folder / path).exists() for path in written)
+        assert "outputs/fox-make-it-night.png" in written or "make it night" not in command or "--grid" in command
 
 
 def test_file_guide_names_every_module():
