@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
     from ip2p.unet import UNet, UNetConfig
     from ip2p.vae import AutoencoderKL, VAEConfig
     folder = tmp_path_factory.mktemp("clone")
-    for name in ("sample.py", "train.py", "ip2p", "weights", "tests", "pyproject.toml"):
+    for name in ("sample.py", "train.py", "ip2p", "weights", "tests", "pyproject.toml", "README.md"):
         (folder / name).symlink_to(ROOT / name)
     torch.manual_seed(0)
     parts = Parts(UNet(UNetConfig(8, 4, 32, (1, 2), 1, (True, False), context_dim=64, num_heads=8)),
