@@ -258,7 +258,7 @@ def train_edit(args, world):
         save_image(contact_sheet(cells, columns=2 * per_kind), path)
 
     record = run(args, model, loss_fn, sheet)
-    sheet(args.out / "edit" / "sheet-final.png", per_kind=6)
+    sheet(args.out / "edit" / "sheet-final.png", per_kind=min(6, args.score_examples))
     with torch.no_grad():
         record["held_out_loss"] = round(float(loss_fn(0, draw(0, args.score_examples, "combinations"), dropout=0)[0]), 4)
     record |= dict(cfg_text=args.cfg_text, cfg_image=args.cfg_image, base=history(base.metadata))
