@@ -108,8 +108,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks at one resolution; the autoencoder adds `downsample` or `upsample`. `attn` stays empty: only
-    `mid` has attention, but the public names leave room for it."""
+    """The blocks at one resolution; the encoder adds `downsample` to it, the decoder `upsample`."""
 
     def __init__(self, widths, groups):
         super().__init__()
