@@ -177,11 +177,15 @@ def diffusion_loss(model, x0, context, t, noise, parameterization, image_latents
 def train_base(args, world):
     """Text to picture: v-prediction, a tenth of the captions dropped; the text tower goes on learning with the UNet."""
     vae = load_vae(args.out / "vae.safetensors").to(args.device)
-    unet, text = UNet(UNET), TextEncoder(replace(TEXT, projection_dim=CLIP["embed_dim"]))
-    clip = load_clip(args.out / "mini-clip.safetensors")[0].state_dict()
-    text.load_state_dict({k: v for k, v in clip.items() if k in text.state_dict()})
-    start_as_identity(unet)
-    torch.nn.init.zeros_(unet.out[-1].weight)
+    if args.init:
+        begun = load_checkpoint(args.init)
+        unet, text = begun.unet.requires_grad_(True), begun.text.requires_grad_(True)
+    else:
+        unet, text = UNet(UNET), TextEncoder(replace(TEXT, projection_dim=CLIP["embed_dim"]))
+        clip = load_clip(args.out / "mini-clip.safetensors")[0].state_dict()
+        text.load_state_dict({k: v for k, v in clip.items() if k in text.state_dict()})
+        start_as_identity(unet)
+        torch.nn.init.zeros_(unet.out[-1].weight)
     model = nn.ModuleDict(dict(unet=unet, text=text)).to(args.device, memory_format=args.layout)
     tokenizer = Tokenizer(TEXT)
 
@@ -213,6 +217,7 @@ def train_base(args, world):
     with torch.no_grad():
         record["held_out_loss"] = round(float(loss_fn(0, draw(0, args.score_examples, "combinations"), dropout=0)[0]), 4)
     record |= dict(cfg_text=args.cfg_text, autoencoder=history(read_state_dict(args.out / "vae.safetensors")[1]))
+    record |= {"init": history(begun.metadata)} if args.init else {}
     save_checkpoint(parts, args.out / "mini-sd.safetensors", metadata=record, dtype=torch.float16)
     return record
 
@@ -305,7 +310,7 @@ DEFAULTS = {         # what made the shipped weights, on two CPU cores; a GPU ha
 
 def run(args, module, loss_fn, sheet=None):
     """Train `module` by the stage's settings. Returns the record that goes into the file's metadata."""
-    idle = ("minutes", "device", "sheet_minutes", "score_examples", "cfg_text", "cfg_image")      # may change on resuming
+    idle = ("minutes", "steps", "device", "sheet_minutes", "score_examples", "cfg_text", "cfg_image")      # may change on resuming
     settings = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str)) and k not in idle}
     result = fit(module, loss_fn, args.out / args.stage, steps=args.steps, minutes=args.minutes, lr=args.lr,
                  optimizer=args.optimizer, warmup=args.warmup, cooldown=args.cooldown, ema_decay=args.ema_decay,
@@ -381,6 +386,7 @@ if __name__ == "__main__":
     parser.add_argument("--ema-decay", type=float, help="of the averaged weights (default: the stage's own)")
     parser.add_argument("--base", type=Path, help="edit: the text-to-image checkpoint to start from (default: OUT/mini-sd."
                         "safetensors if there is one, else weights/mini-sd.safetensors)")
+    parser.add_argument("--init", type=Path, help="base: the text-to-image checkpoint to train further, made with the same autoencoder")
     parser.add_argument("--cfg-text", type=float, default=3.0, help="text guidance of sheets and scores, kept as the model's "
                         "own default (default: %(default)s)")
     parser.add_argument("--cfg-image", type=float, default=1.5, help="likewise for image guidance (default: %(default)s)")
