@@ -1,7 +1,10 @@
 """Attention and transformer blocks of the latent UNet (Rombach et al. 2022, arXiv:2112.10752).
 
-`attend` is the one place where queries, keys and values meet the hardware; everything else is linear layers.
+`attend` is the one place where queries, keys and values meet the hardware; everything else is linear layers. A `control`
+that travels through a call, such as Prompt-to-Prompt's, takes its place: control(q, k, v, heads, is_cross).
 """
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,10 +31,11 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(context_dim, query_dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(query_dim, query_dim))     # a Sequential for its public name, to_out.0
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None, control: Callable | None = None) -> Tensor:
         """x: (B, N, query_dim); context: (B, M, context_dim). Returns (B, N, query_dim)."""
-        context = x if context is None else context
-        return self.to_out(attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
+        is_cross, context = context is not None, x if context is None else context
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        return self.to_out(attend(q, k, v, self.heads) if control is None else control(q, k, v, self.heads, is_cross))
 
 
 class GEGLU(nn.Module):
@@ -65,9 +69,9 @@ class BasicTransformerBlock(nn.Module):
         self.attn2 = CrossAttention(dim, context_dim, heads)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
 
-    def forward(self, x, context):
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
+    def forward(self, x, context, control=None):
+        x = x + self.attn1(self.norm1(x), control=control)
+        x = x + self.attn2(self.norm2(x), context, control)
         return x + self.ff(self.norm3(x))
 
 
@@ -86,7 +90,7 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(BasicTransformerBlock(channels, context_dim, heads) for _ in range(depth))
         self.proj_out = projection()
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, control: Callable | None = None) -> Tensor:
         """x: (B, C, H, W); context: (B, M, context_dim). Returns (B, C, H, W)."""
         B, C, H, W = x.shape
         h = self.norm(x)
@@ -96,7 +100,7 @@ class SpatialTransformer(nn.Module):
         if self.linear_proj:
             h = self.proj_in(h)
         for block in self.transformer_blocks:
-            h = block(h, context)
+            h = block(h, context, control)
         if self.linear_proj:
             h = self.proj_out(h)
         h = h.mT.unflatten(2, (H, W))                             # (B, C, H, W)

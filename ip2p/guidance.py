@@ -26,11 +26,14 @@ def instruct_denoiser(predict: Callable, context: Tensor, null_context: Tensor, 
     return _weighted_denoiser(predict, [b for b in branches if b[0] != 0], join_image=True)
 
 
-def text_denoiser(predict: Callable, context: Tensor, null_context: Tensor, cfg_text: float) -> Callable:
+def text_denoiser(predict: Callable, context: Tensor, null_context: Tensor, cfg_text: float | Tensor) -> Callable:
     """denoise(x_t, t) -> eps with classifier-free guidance for text alone (Ho & Salimans 2022, arXiv:2207.12598):
-    eps = e(0) + s (e(T) - e(0)). One evaluation where s is 1 or 0. Shapes as in `instruct_denoiser`."""
+    eps = e(0) + s (e(T) - e(0)). One evaluation where s is 1 or 0, else [text, nothing] in one batch. cfg_text: s, or one
+    for each picture, (B,). Shapes as in `instruct_denoiser`."""
+    if torch.is_tensor(cfg_text):
+        cfg_text = cfg_text[:, None, None, None]
     branches = [(cfg_text, context, None), (1 - cfg_text, null_context, None)]
-    return _weighted_denoiser(predict, [b for b in branches if b[0] != 0], join_image=False)
+    return _weighted_denoiser(predict, [b for b in branches if torch.is_tensor(cfg_text) or b[0] != 0], join_image=False)
 
 
 def _weighted_denoiser(predict, branches, join_image):

@@ -4,6 +4,7 @@
     picture, = model.edit(Image.open("fox.png"), "make it night")
 """
 import math
+from itertools import cycle
 from typing import Sequence
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from .checkpoint import Parts, load_checkpoint, save_checkpoint
 from .guidance import instruct_denoiser, text_denoiser
 from .images import check_shape, model_size, to_images, to_pixels, to_rgb
+from .prompt_to_prompt import AttentionControl, ControlledRun, prompt_to_prompt, share_self_attention
 from .samplers import SAMPLERS
 from .schedule import eps_from_v, make_alphas_cumprod
 from .text import Tokenizer
@@ -69,12 +71,13 @@ class InstructPix2Pix:
         """The context of each prompt, (B, M, D): (B, 77, 768) for Stable Diffusion 1. Long prompts lose their end."""
         return self.text(self.tokenizer(prompts).to(self.device))
 
-    def predict(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    def predict(self, x: Tensor, t: Tensor, context: Tensor, control=None) -> Tensor:
         """eps of the noisy latents in x, whatever the UNet predicts.
 
-        x: (B, z or 2 z, h, w) float32, noisy latents first; t: (B,); context: (B, M, D). Returns (B, z, h, w) float32.
+        x: (B, z or 2 z, h, w) float32, noisy latents first; t: (B,); context: (B, M, D); control: see `UNet.forward`.
+        Returns (B, z, h, w) float32.
         """
-        out = self.unet(x.to(self.dtype), t, context.to(self.dtype)).float()
+        out = self.unet(x.to(self.dtype), t, context.to(self.dtype), control).float()
         if self.parts.parameterization == "v":
             out = eps_from_v(out, x[:, :out.shape[1]], t, self.alphas_cumprod)
         return out
@@ -116,7 +119,7 @@ class InstructPix2Pix:
                 texts = [prompts[i] for i in batch for _ in range(num_images)]
                 denoise = instruct_denoiser(self.predict, self.encode_text(texts), self._null(negative_prompt, len(texts)),
                                             latents, cfg_text, cfg_image)
-                z = self._sample(denoise, latents.shape, steps, sampler, seed, num_images, x_T, eta, progress)
+                z = self._sample(denoise, latents.shape, steps, sampler, _seeds(seed, num_images, len(texts)), x_T, eta, progress)
                 latents = z / self.vae.config.scale_factor                # the image latents above are unscaled
             pictures = to_images(self.vae.decode(latents.to(self.dtype)))
             for j, i in enumerate(batch):
@@ -125,29 +128,81 @@ class InstructPix2Pix:
 
     @torch.no_grad()
     def generate(self, prompts, *, steps=20, sampler="ddim", cfg_text=7.5, negative_prompt="", seed=0, num_images=1, size=None,
-                 x_T=None, eta=0.0, progress=True) -> list[Image.Image]:
+                 x_T=None, eta=0.0, control: AttentionControl | None = None, progress=True) -> list[Image.Image]:
         """Make pictures from text, with a text-to-image checkpoint. size: the side, or (width, height); the rest as in
-        `edit`. Returns `num_images` of each prompt in a row."""
-        if self.is_editor:
-            raise ValueError("this model edits pictures (use edit); generate needs a text-to-image checkpoint")
+        `edit`. control: what each prompt's picture borrows from another's, made by `prompt_to_prompt`, with num_images 1.
+        Returns `num_images` of each prompt in a row."""
+        self.check_makes_pictures()
         check_settings(steps, sampler, num_images, cfg_text=cfg_text, eta=eta)
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         width, height = (size or self.parts.image_size,) * 2 if not isinstance(size, Sequence) else size
         if min(width, height) < 1 or width % self.size_multiple or height % self.size_multiple:
             raise ValueError(f"width and height must be multiples of {self.size_multiple}, got {width}x{height}")
+        if control is not None and (num_images, len(prompts)) != (1, len(control.source)):
+            raise ValueError(f"this control is for {len(control.source)} prompts with one picture each, got {len(prompts)} "
+                             f"with {num_images}")
         texts = [p for p in prompts for _ in range(num_images)]
         f = self.vae.config.downsampling
         shape = (len(texts), self.vae.config.z_channels, height // f, width // f)
-        denoise = text_denoiser(self.predict, self.encode_text(texts), self._null(negative_prompt, len(texts)), cfg_text)
-        z = self._sample(denoise, shape, steps, sampler, seed, num_images, x_T, eta, progress)
-        return to_images(self.vae.decode((z / self.vae.config.scale_factor).to(self.dtype)))
+        z = self.text_to_latents(texts, self._null(negative_prompt, len(texts)), cfg_text, shape, steps=steps, sampler=sampler,
+                                 seeds=_seeds(seed, num_images, len(texts)), x_T=x_T, eta=eta, control=control, progress=progress)
+        return to_images(self.decode(z))
+
+    @torch.no_grad()
+    def draw_pairs(self, captions: list[str], edited_captions: list[str], seeds: list[int], shares: list[float],
+                   cfg_text: list[float], *, steps=100, sampler="euler-ancestral", control="self-attention", size=None,
+                   x_T=None, progress=False) -> tuple[Tensor, Tensor]:
+        """B pairs of pictures, each of a caption and of its edited caption, drawn from shared noise (InstructPix2Pix,
+        Sec. 3.1.2). Every pair has its own seed, share of the steps and guidance scale, and no batch changes it.
+
+        control: "self-attention" (the published generator's: the share is its p) or "cross-attention" (Prompt-to-Prompt's
+        refinement for that share of the steps, self-attention for half of it). x_T: as in `generate`, one for each pair.
+        Returns pixels of either, (B, 3, size, size) float32 in [-1, 1] on the CPU.
+        """
+        self.check_makes_pictures()
+        if control not in ("self-attention", "cross-attention"):
+            raise ValueError(f"control must be self-attention or cross-attention, got {control!r}")
+        B, texts = len(captions), [*captions, *edited_captions]
+        source, shares = list(range(B)) * 2, list(shares) * 2
+        if control == "self-attention":
+            control = share_self_attention(source, shares, steps)
+        else:
+            control = prompt_to_prompt(self.tokenizer, texts, steps, cross_replace_steps=shares,
+                                       self_replace_steps=[p / 2 for p in shares], source=source)
+        side = (size or self.parts.image_size) // self.vae.config.downsampling
+        z = self.text_to_latents(texts, self._null("", 2 * B), torch.tensor(cfg_text, device=self.device).repeat(2),
+                                 (2 * B, self.vae.config.z_channels, side, side), steps=steps, sampler=sampler, seeds=[*seeds] * 2,
+                                 x_T=None if x_T is None else x_T.repeat(2, 1, 1, 1), control=control, progress=progress)
+        return self.decode(z).float().clamp(-1, 1).cpu().split(B)
+
+    def text_to_latents(self, texts: list[str], null_context, cfg_text, shape, *, steps, sampler="ddim", seeds, x_T=None,
+                        eta=0.0, control=None, first=0, progress=False) -> Tensor:
+        """Clean latents (B, z, h, w) = `shape` of B texts. null_context: (B, M, D), or a list with one for every step;
+        cfg_text: a number or (B,); seeds: B numbers; first: the step to begin with, x_T being as noisy as it expects."""
+        run = control and ControlledRun(control, *shape[2:], self.device)
+        predict = run.predicting(self.predict) if run else self.predict
+        by_step = null_context if isinstance(null_context, list) else [null_context]
+        context = self.encode_text(texts)
+        denoisers = cycle([text_denoiser(predict, context, null, cfg_text) for null in by_step])
+        return self._sample(lambda x, t: next(denoisers)(x, t), shape, steps, sampler, seeds, x_T, eta, progress,
+                            after_step=run and run.after_step, **{"first": first} if first else {})
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W), about in [-1, 1], of latents as the sampler leaves them."""
+        return self.vae.decode((z / self.vae.config.scale_factor).to(self.dtype))
+
+    def check_makes_pictures(self):
+        """ValueError unless this is a text-to-image model."""
+        if self.is_editor:
+            raise ValueError("this model edits pictures (use edit); this needs a text-to-image checkpoint")
 
     def _null(self, negative_prompt, count):
         return self.encode_text([negative_prompt]).expand(count, -1, -1)
 
-    def _sample(self, denoise, shape, steps, sampler, seed, num_images, x_T, eta, progress):
+    def _sample(self, denoise, shape, steps, sampler, seeds, x_T, eta, progress, **options):
         """Clean latents, float32. Each picture has a random stream of its own, so no batch changes it."""
-        streams = [torch.Generator().manual_seed(seed + i % num_images) for i in range(shape[0])]
+        streams = [torch.Generator().manual_seed(seed) for seed in seeds]
 
         def noise_like(x):
             return torch.stack([torch.randn(x.shape[1:], generator=g) for g in streams]).to(x.device)
@@ -157,7 +212,13 @@ class InstructPix2Pix:
         elif x_T.shape != torch.Size(shape):
             raise ValueError(f"x_T must be {tuple(shape)}, got {tuple(x_T.shape)}")
         eta = eta if sampler == "ddim" else 1.0
-        return SAMPLERS[sampler](denoise, x_T.to(self.device, torch.float32), steps, self.alphas_cumprod, eta, noise_like, progress)
+        return SAMPLERS[sampler](denoise, x_T.to(self.device, torch.float32), steps, self.alphas_cumprod, eta, noise_like, progress,
+                                 **options)
+
+
+def _seeds(seed, num_images, count):
+    """Of `count` pictures, `num_images` of each input in a row."""
+    return [seed + i % num_images for i in range(count)]
 
 
 def check_settings(steps, sampler, num_images, **scales):

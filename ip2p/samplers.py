@@ -1,7 +1,8 @@
 """Samplers: DDIM with its inversion, and Euler ancestral. Each is a function of a callable denoise(x_t, t) -> eps.
 
 x_t: (B, z, h, w) float32 latents of unit variance, t: a scalar tensor, eps: like x_t. Nothing here knows of prompts,
-guidance or networks, and random numbers come from `noise_like`, a function that draws a tensor shaped like its argument.
+guidance or networks. Random numbers come from `noise_like`, a function that draws a tensor shaped like its argument;
+`after_step`, another function, may change the latents after every step.
 """
 from typing import Callable
 
@@ -22,10 +23,11 @@ def ddim_timesteps(num_steps: int, num_train_timesteps: int = NUM_TRAIN_TIMESTEP
     return (torch.arange(num_steps) * num_train_timesteps // num_steps + offset).flip(0)
 
 
-def _ddim_alphas(timesteps, alphas_cumprod):
-    """(a_t, a_prev) of each step. The last step ends at alphas_cumprod[0], not at 1."""
+def ddim_steps(num_steps: int, alphas_cumprod: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(t, a_t, a_prev) of each step. The last step ends at alphas_cumprod[0], not at 1."""
+    timesteps = ddim_timesteps(num_steps, len(alphas_cumprod)).to(alphas_cumprod.device)
     a_t = alphas_cumprod[timesteps]
-    return a_t, torch.cat([a_t[1:], alphas_cumprod[:1]])
+    return list(zip(timesteps, a_t, torch.cat([a_t[1:], alphas_cumprod[:1]])))
 
 
 def ddim_step(x_t: Tensor, eps: Tensor, a_t: Tensor, a_prev: Tensor, eta: float = 0.0, noise: Tensor | None = None):
@@ -40,13 +42,15 @@ def ddim_step(x_t: Tensor, eps: Tensor, a_t: Tensor, a_prev: Tensor, eta: float 
 
 
 def ddim_sample(denoise: Callable, x_T: Tensor, num_steps: int, alphas_cumprod: Tensor, eta: float = 0.0,
-                noise_like: Callable | None = None, progress: bool = False) -> Tensor:
-    """Clean latents from noise x_T (unit variance), in exactly `num_steps` evaluations of `denoise`."""
-    timesteps = ddim_timesteps(num_steps, len(alphas_cumprod)).to(x_T.device)
+                noise_like: Callable | None = None, progress: bool = False, after_step: Callable | None = None,
+                first: int = 0) -> Tensor:
+    """Clean latents from noise x_T (unit variance), in exactly `num_steps` evaluations of `denoise`; or in the steps from
+    `first` on, from latents that are as noisy as that step expects."""
     x = x_T
-    for t, a_t, a_prev in tqdm(list(zip(timesteps, *_ddim_alphas(timesteps, alphas_cumprod.to(x_T.device)))),
-                               desc="DDIM", disable=not progress):
+    for t, a_t, a_prev in tqdm(ddim_steps(num_steps, alphas_cumprod.to(x_T.device))[first:], desc="DDIM", disable=not progress):
         x = ddim_step(x, denoise(x, t), a_t, a_prev, eta, noise_like(x) if eta != 0 else None)
+        if after_step is not None:
+            x = after_step(x)
     return x
 
 
@@ -56,17 +60,16 @@ def ddim_invert(denoise: Callable, x0: Tensor, num_steps: int, alphas_cumprod: T
     Returns the num_steps + 1 latents on the way, x0 first and x_T last. As in null-text inversion (Mokady et al. 2022),
     eps of a step is taken at the step's start and at its end's timestep.
     """
-    timesteps = ddim_timesteps(num_steps, len(alphas_cumprod)).to(x0.device)
-    steps = list(zip(timesteps, *_ddim_alphas(timesteps, alphas_cumprod.to(x0.device))))
     latents = [x0]
-    for t, a_t, a_prev in tqdm(steps[::-1], desc="DDIM inversion", disable=not progress):
+    for t, a_t, a_prev in tqdm(ddim_steps(num_steps, alphas_cumprod.to(x0.device))[::-1], desc="DDIM inversion", disable=not progress):
         x = latents[-1]
         latents.append(ddim_step(x, denoise(x, t), a_prev, a_t))
     return latents
 
 
 def euler_ancestral_sample(denoise: Callable, x_T: Tensor, num_steps: int, alphas_cumprod: Tensor, eta: float = 1.0,
-                           noise_like: Callable | None = None, progress: bool = False) -> Tensor:
+                           noise_like: Callable | None = None, progress: bool = False,
+                           after_step: Callable | None = None) -> Tensor:
     """Euler ancestral as in InstructPix2Pix's own script (Karras et al. 2022, arXiv:2206.00364; k-diffusion).
 
     It works on x_t / sqrt(a_t), whose noise has the level sigma = sqrt((1 - a_t) / a_t), at timesteps evenly spaced from
@@ -85,6 +88,8 @@ def euler_ancestral_sample(denoise: Callable, x_T: Tensor, num_steps: int, alpha
         x = x + (down - sigma) * eps
         if i < num_steps - 1:
             x = x + up * noise_like(x)
+        if after_step is not None:
+            x = after_step(x)
     return x
 
 

@@ -4,6 +4,7 @@ InstructPix2Pix is this UNet with eight input channels: the noisy latents and, b
 Submodules carry the names in the public checkpoints (below their prefix `model.diffusion_model.`).
 """
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -77,14 +78,14 @@ class Upsample(nn.Module):
 
 
 class Stage(nn.Sequential):
-    """Layers in a row, each given what it needs: ResBlocks the timestep, transformers the text."""
+    """Layers in a row, each given what it needs: ResBlocks the timestep, transformers the text and the control."""
 
-    def forward(self, x, emb, context):
+    def forward(self, x, emb, context, control):
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
             elif isinstance(layer, SpatialTransformer):
-                x = layer(x, context)
+                x = layer(x, context, control)
             else:
                 x = layer(x)
         return x
@@ -136,19 +137,20 @@ class UNet(nn.Module):
         self.out = nn.Sequential(nn.GroupNorm(c.norm_groups, width), nn.SiLU(),
                                  nn.Conv2d(width, c.out_channels, 3, padding=1))
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, control: Callable | None = None) -> Tensor:
         """What the model predicts of the noise: eps, or v where it was trained to.
 
         x: (B, in_channels, h, w) latents, h and w multiples of 2 ** (levels - 1); t: (B,) timesteps in 0..999, which
-        may be fractions; context: (B, M, context_dim). Returns (B, out_channels, h, w).
+        may be fractions; context: (B, M, context_dim); control: what takes the place of `attend` in every attention layer.
+        Returns (B, out_channels, h, w).
         """
         emb = timestep_embedding(t, self.config.model_channels)
         emb = self.time_embed(emb.to(self.time_embed[0].weight.dtype))
         skips = []
         for block in self.input_blocks:
-            x = block(x, emb, context)
+            x = block(x, emb, context, control)
             skips.append(x)
-        x = self.middle_block(x, emb, context)
+        x = self.middle_block(x, emb, context, control)
         for block in self.output_blocks:
-            x = block(torch.cat([x, skips.pop()], dim=1), emb, context)
+            x = block(torch.cat([x, skips.pop()], dim=1), emb, context, control)
         return self.out(x)

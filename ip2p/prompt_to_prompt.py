@@ -1,0 +1,343 @@
+"""Prompt-to-Prompt (Hertz et al. 2022, arXiv:2208.01626): pictures of two prompts that agree in what the words share.
+
+The picture of a target prompt borrows attention maps M_s from that of its source, drawn beside it from the same noise.
+Every control is linear in the maps, so it acts on the values V, by ordinary fused attention, and no map is ever stored:
+
+    replace      M_s R V                       R (source tokens x target tokens): `replacement_mapper`
+    refine       M_s A V + M_t diag(1 - a) V   A[i, j] = a_j where target token j aligns with i: `refinement_mapper`
+    reweight     token j's share of either, times c_j
+    blend        token by token, alpha_j of the above and 1 - alpha_j of the target's own M_t, by the step
+    self         M_s V, that is attention(q_source, k_source, v_target)
+    a word's map, for LocalBlend: attention to values that are 1 at the word's tokens and 0 elsewhere
+
+InstructPix2Pix's own generator shares self-attention alone, in the unconditional halves too: `share_self_attention`.
+"""
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .attention import attend
+from .text import Tokenizer
+
+# ---- which token of the target answers to which of the source
+
+
+def word_spans(prompt: str, tokenizer: Tokenizer) -> list[tuple[str, range]]:
+    """Each word and the positions of its tokens, as far as they fit the context."""
+    spans, start, most = [], 1, tokenizer.config.context_length - 1          # the start token comes first, the end token last
+    for word in prompt.split():
+        end = min(start + len(tokenizer.encode(word)), most)
+        if start < end:
+            spans.append((word, range(start, end)))
+        start = end
+    return spans
+
+
+def word_tokens(prompt: str, words: str, tokenizer: Tokenizer) -> list[int]:
+    """Positions of a word's tokens wherever it stands in the prompt, or of several words' in a row, whatever the case and
+    the punctuation around them. Empty where the prompt lacks them."""
+    spans, wanted = word_spans(prompt, tokenizer), [_bare(word) for word in words.split()]
+    n = len(wanted)
+    return [token for i in range(len(spans) - n + 1) if n and [_bare(word) for word, _ in spans[i:i + n]] == wanted
+            for _, span in spans[i:i + n] for token in span]
+
+
+def _bare(word):
+    letters = [i for i, c in enumerate(word) if c.isalnum()]
+    return word[letters[0]:letters[-1] + 1].casefold() if letters else word
+
+
+def replacement_mapper(source: str, target: str, tokenizer: Tokenizer) -> Tensor:
+    """Weight [i, j] of source token i's map in the map of target token j, as Prompt-to-Prompt's AttentionReplace has it.
+
+    Returns (M, M), M = 77 or the model's own context length. A word that stays keeps its maps. A word that was replaced
+    hands its maps on, token by token, or 1 / n of them to each of n tokens where the numbers differ. After the last
+    change the original maps each position to itself. It needs prompts of as many words; where they are not, words are
+    aligned here, and the columns of words without a counterpart are zero.
+    """
+    return _replacement(source, target, tokenizer)[0]
+
+
+def _replacement(source, target, tokenizer):
+    """The mapper, and which target tokens have no counterpart, (M,) bool."""
+    M = tokenizer.config.context_length
+    mapper, new = torch.zeros(M, M), torch.zeros(M, dtype=torch.bool)
+    changes, same_count = _changed_tokens(word_spans(source, tokenizer), word_spans(target, tokenizer), tokenizer)
+    i = j = 0                                                                # mapped so far
+    for x, y in changes:
+        mapper[torch.arange(i, x.start), torch.arange(j, y.start)] = 1
+        if not x:
+            new[y.start:y.stop] = True
+        elif len(x) == len(y):
+            mapper[torch.arange(x.start, x.stop), torch.arange(y.start, y.stop)] = 1
+        else:
+            mapper[x.start:x.stop, y.start:y.stop] = 1 / max(1, len(y))
+        i, j = x.stop, y.stop
+    for k in range(M - j):
+        if not same_count:
+            mapper[min(i + k, M - 1), j + k] = 1
+        elif i + k < M:
+            mapper[j + k, j + k] = 1
+    return mapper, new
+
+
+def _changed_tokens(xs, ys, tokenizer):
+    """Pairs of ranges of source and target tokens that replace each other, in order; and whether there are as many words."""
+    if len(xs) == len(ys):
+        return [(x, y) for (a, x), (b, y) in zip(xs, ys) if a != b], True
+    (x_words, x_starts), (y_words, y_starts) = (
+        ([tuple(tokenizer.encode(word)) for word, _ in spans], [span.start for _, span in spans] + [spans[-1][1].stop if spans else 1])
+        for spans in (xs, ys))
+    changes = []
+    for kind, a, b, c, d in SequenceMatcher(None, x_words, y_words, autojunk=False).get_opcodes():
+        if kind != "equal" and b - a == d - c:                               # word by word
+            changes += [(xs[a + k][1], ys[c + k][1]) for k in range(b - a)]
+        elif kind != "equal":
+            changes.append((range(x_starts[a], x_starts[b]), range(y_starts[c], y_starts[d])))
+    return changes, False
+
+
+def refinement_mapper(source: str, target: str, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
+    """For each target token, the source token that it aligns with, as Prompt-to-Prompt's AttentionRefine has it.
+
+    Returns indices (M,) int64, -1 where a token is new, and alphas (M,), 0 where it is new and 1 elsewhere. The alignment
+    is Needleman and Wunsch's on token ids with gap 0, match 1, mismatch -1; ties go left, then up. Behind the prompt's
+    end each position maps to itself.
+    """
+    M = tokenizer.config.context_length
+    xs, ys = ([tokenizer.start, *tokenizer.encode(text)[:M - 2], tokenizer.end] for text in (source, target))
+    score = [[0] * (len(ys) + 1) for _ in range(len(xs) + 1)]
+    for i, x in enumerate(xs, 1):
+        for j, y in enumerate(ys, 1):
+            score[i][j] = max(score[i][j - 1], score[i - 1][j], score[i - 1][j - 1] + (1 if x == y else -1))
+    indices = torch.arange(M)
+    i, j = len(xs), len(ys)
+    while j > 0:
+        if i == 0 or score[i][j] == score[i][j - 1]:
+            j -= 1
+            indices[j] = -1
+        elif score[i][j] == score[i - 1][j]:
+            i -= 1
+        else:
+            i, j = i - 1, j - 1
+            indices[j] = i
+    return indices, (indices >= 0).float()
+
+
+# ---- what is borrowed, and when
+
+
+@dataclass(frozen=True)
+class LocalBlend:
+    """Keep the target's picture to where certain words are: elsewhere its latents become its source's, after every step.
+
+    words: for each prompt, the word or words whose maps count, its source's among them. The maps are summed over heads,
+    layers and steps so far, widened by 3 x 3 and divided by their maximum; they count above `threshold`, in the source or
+    in the target. subtract: words, likewise, whose places do not. start: from this share of the steps on.
+    """
+    words: tuple[str, ...]
+    subtract: tuple[str, ...] | None = None
+    threshold: float = 0.3
+    start: float = 0.0
+
+
+@dataclass(frozen=True)
+class AttentionControl:
+    """What each of R prompts, drawn as one batch in T steps, borrows from its source. Fractions of steps are in [0, 1].
+
+    source: (R,) int64, the row that a row borrows from; its own number if it is a source.
+    self_steps: (T, R) bool, when it takes its source's self-attention.
+    from_source: (R, M, M) and own: (R, M): its new map of token j is sum_i M_s[i] from_source[i, j] + M_t[j] own[j];
+    cross_steps: (T, R, M), the share (alpha) of the new map in each token's. None, all three: cross-attention stays.
+    self_side: self-attention is borrowed in layers of up to this many by as many pixels where latents are 64 x 64, and
+    of the like at other sizes; None: in all. unconditional: whether the unconditional prediction borrows too.
+    blend: (R, M) tokens that a `LocalBlend` looks at, those that it subtracts, and itself.
+    """
+    source: Tensor
+    self_steps: Tensor
+    from_source: Tensor | None = None
+    own: Tensor | None = None
+    cross_steps: Tensor | None = None
+    self_side: int | None = None
+    unconditional: bool = False
+    blend: tuple[Tensor, Tensor | None, LocalBlend] | None = None
+
+
+def share_self_attention(source: Sequence[int], shares: Sequence[float], num_steps: int) -> AttentionControl:
+    """InstructPix2Pix's own control: all self-attention from the source while share > i / (num_steps - 1), i = 0, 1, ...
+
+    source: the row that each row borrows from. shares: one for each row. arXiv:2211.09800, Sec. 3.1.2, where they are
+    drawn from U(0.1, 0.9) and called p.
+    """
+    done = torch.arange(num_steps) / max(1, num_steps - 1)
+    return AttentionControl(torch.tensor(source), done[:, None] < torch.tensor(shares)[None], unconditional=True)
+
+
+def prompt_to_prompt(tokenizer: Tokenizer, prompts: Sequence[str], num_steps: int, *, mode: str = "refine",
+                     cross_replace_steps=0.8, self_replace_steps=0.4, equalizer: dict[str, float] | None = None,
+                     local_blend: LocalBlend | None = None, source: Sequence[int] | None = None,
+                     self_side: int | None = 16) -> AttentionControl:
+    """Prompt-to-Prompt's controls, in any combination.
+
+    prompts: R of them, the first the source of all others unless `source` names each one's.
+    mode: "replace" (words stand for words), "refine" (words are added), or "reweight" (prompts are alike).
+    cross_replace_steps: the share of the steps, from the first, in which the source's maps are used; or (from, to); or
+    a dict of these by word of the target, "default_" for all others. self_replace_steps: a share or (from, to), of
+    self-attention. Either may be a list with an entry for each prompt. As published, the former counts num_steps + 1.
+    equalizer: factors on the maps of words of the target, such as {"snowy": 3, "crowd": -1}.
+    self_side: 16 as published, 32 in null-text inversion: see `AttentionControl`.
+    Raises ValueError for an unknown mode, a share outside [0, 1], or a word that no target has.
+    """
+    if mode not in ("replace", "refine", "reweight"):
+        raise ValueError(f"mode must be replace, refine or reweight, got {mode!r}")
+    R, M, T = len(prompts), tokenizer.config.context_length, num_steps
+    source = [0] * R if source is None else list(source)
+    crossing, sharing = ([x] * R if not isinstance(x, list) else x for x in (cross_replace_steps, self_replace_steps))
+    from_source, own, cross_steps = torch.zeros(R, M, M), torch.ones(R, M), torch.zeros(T, R, M)
+    self_steps = torch.zeros(T, R, dtype=torch.bool)
+    targets = [r for r in range(R) if source[r] != r]
+    for r in targets:
+        a, b = prompts[source[r]], prompts[r]
+        if mode == "refine":
+            indices, alphas = refinement_mapper(a, b, tokenizer)
+            from_source[r, indices, torch.arange(M)], own[r] = alphas, 1 - alphas
+        elif mode == "replace":
+            mapper, new = _replacement(a, b, tokenizer)
+            from_source[r], own[r] = mapper, new.float()
+        else:
+            from_source[r], own[r] = torch.eye(M), 0
+        for word, factor in (equalizer or {}).items():
+            tokens = word_tokens(b, word, tokenizer)
+            from_source[r, :, tokens] *= factor
+            own[r, tokens] *= factor
+        bounds = crossing[r] if isinstance(crossing[r], dict) else {"default_": crossing[r]}
+        for word, bound in {"default_": (0, 1), **bounds}.items():
+            tokens = list(range(M)) if word == "default_" else word_tokens(b, word, tokenizer)
+            begin, end = _interval(bound, T + 1)
+            cross_steps[:, r, tokens] = 0
+            cross_steps[begin:end, r, tokens] = 1
+        begin, end = _interval(sharing[r], T)
+        self_steps[begin:end, r] = True
+    named = [*(equalizer or {}), *(w for c in crossing if isinstance(c, dict) for w in c if w != "default_")]
+    for word in named:
+        if not any(word_tokens(prompts[r], word, tokenizer) for r in targets):
+            raise ValueError(f"no edited prompt has the word {word!r}: {'; '.join(prompts[r] for r in targets)}")
+    return AttentionControl(torch.tensor(source), self_steps, from_source, own, cross_steps, self_side,
+                            blend=local_blend and _blend_tokens(local_blend, prompts, tokenizer))
+
+
+def _interval(bound, count):
+    """(first, end) of `count` steps, of a share or a pair of shares."""
+    begin, end = bound if isinstance(bound, (tuple, list)) else (0, bound)
+    if not 0 <= begin <= 1 or not 0 <= end <= 1:
+        raise ValueError(f"shares of the steps must be in 0..1, got {bound}")
+    return int(begin * count), int(end * count)
+
+
+def _blend_tokens(blend, prompts, tokenizer):
+    def marked(words):
+        words = [words] * len(prompts) if isinstance(words, str) else words
+        if len(words) != len(prompts):
+            raise ValueError(f"LocalBlend needs words for each of {len(prompts)} prompts, got {len(words)}")
+        marks = torch.zeros(len(prompts), tokenizer.config.context_length)
+        for row, prompt, word in zip(marks, prompts, words):
+            tokens = word_tokens(prompt, word, tokenizer)
+            if not tokens:
+                raise ValueError(f"LocalBlend: {word!r} is not in the prompt {prompt!r}")
+            row[tokens] = 1
+        return marks
+
+    return marked(blend.words), None if blend.subtract is None else marked(blend.subtract), blend
+
+
+# ---- at work
+
+
+class ControlledRun:
+    """An `AttentionControl` on its way through one run of a sampler: called in the place of `attend` by every attention
+    layer, and once after each step. The batch holds the R prompts, conditional first, once a branch of guidance."""
+
+    def __init__(self, control: AttentionControl, height: int, width: int, device="cpu"):
+        """height, width: of the latents."""
+        self.control, self.height, self.width, self.device = control, height, width, device
+        self.step = -1
+        self.most_pixels = float("inf")
+        if control.self_side is not None:
+            self.most_pixels = control.self_side ** 2 * max(1, height * width / 64 ** 2)
+        # LocalBlend reads maps at a quarter of the latents' side, 16 x 16 in the original; small latents have none as small.
+        self.blend_pixels = height * width // min(4, max(1, min(height, width) // 16)) ** 2
+        self.maps = [0, 0]                                         # of the blend's words, and of those it subtracts
+
+    def predicting(self, predict):
+        """`predict(x, t, context)`, controlled: each call is the next step."""
+        def controlled(x, t, context):
+            self._begin_step(branches=len(x) // len(self.control.source))
+            return predict(x, t, context, self)
+        return controlled
+
+    def _begin_step(self, branches):
+        self.step += 1
+        c, R = self.control, len(self.control.source)
+        offsets = [R * b for b in range(branches)] if c.unconditional else [0]
+        self.self_rows = torch.arange(R * branches)                # whose queries and keys each row uses
+        for offset in offsets:
+            self.self_rows[offset:offset + R] = torch.where(c.self_steps[self.step], c.source, torch.arange(R)) + offset
+        self.shares_self = bool((self.self_rows != torch.arange(R * branches)).any())
+        self.self_rows = self.self_rows.to(self.device)
+        self.crossing = None
+        if c.cross_steps is not None and (alpha := c.cross_steps[self.step]).any():
+            rows = alpha.any(1).nonzero()[:, 0]
+            own = torch.ones(R * branches, alpha.shape[1])
+            own[:R] = c.own * alpha + 1 - alpha
+            from_source = c.from_source[rows] * alpha[rows, None]
+            self.crossing = [x.to(self.device) for x in (rows, c.source[rows], from_source, own[:, :, None])]
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, heads: int, is_cross: bool) -> Tensor:
+        """Attention under the control of this step; shapes as in `attend`."""
+        if not is_cross:
+            if not self.shares_self or q.shape[1] > self.most_pixels:
+                return attend(q, k, v, heads)
+            return attend(q[self.self_rows], k[self.self_rows], v, heads)
+        if self.control.blend and q.shape[1] == self.blend_pixels:
+            self._look_at_words(q, k, heads)
+        return self._cross(q, k, v, heads)
+
+    def _cross(self, q, k, v, heads):
+        if self.crossing is None:
+            return attend(q, k, v, heads)
+        rows, source, from_source, own = self.crossing
+        out = attend(q, k, v * own.to(v.dtype), heads)
+        return out.index_add(0, rows, attend(q[source], k[source], from_source.to(v.dtype) @ v[rows], heads))
+
+    def _look_at_words(self, q, k, heads):
+        """Add the words' maps, averaged over heads, to those so far: (R, pixels)."""
+        for i, tokens in enumerate(self.control.blend[:2]):
+            if tokens is not None:
+                indicator = torch.zeros_like(k)
+                indicator[:len(tokens)] = tokens.to(k)[:, :, None]
+                self.maps[i] = self.maps[i] + self._cross(q, k, indicator, heads)[:len(tokens)].float().mean(2)
+
+    def after_step(self, x: Tensor) -> Tensor:
+        """The latents of a step, (R, z, h, w), as LocalBlend leaves them."""
+        if self.control.blend is None or self.step < int(self.control.blend[2].start * len(self.control.self_steps)):
+            return x
+        if not torch.is_tensor(self.maps[0]):
+            raise ValueError(f"LocalBlend needs cross-attention on {self.blend_pixels} pixels, and this UNet has none")
+        mask = self._mask(self.maps[0], widen=True)
+        if self.control.blend[1] is not None:
+            mask = mask & ~self._mask(self.maps[1], widen=False)
+        return torch.where(mask, x, x[self.control.source.to(x.device)])
+
+    def _mask(self, maps, widen):
+        """Where the words are, in the source's picture or in the target's: (R, 1, height, width) bool."""
+        scale = round((self.height * self.width / self.blend_pixels) ** 0.5)
+        maps = maps.unflatten(1, (self.height // scale, self.width // scale))[:, None]
+        if widen:
+            maps = F.max_pool2d(maps, 3, stride=1, padding=1)
+        maps = F.interpolate(maps, (self.height, self.width))
+        mask = maps > self.control.blend[2].threshold * maps.amax((2, 3), keepdim=True)
+        return mask | mask[self.control.source.to(mask.device)]
