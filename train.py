@@ -7,10 +7,13 @@ Each stage trains on the miniature world, in a folder of its own below --out. St
 goes on when the command is repeated.
 """
 import argparse
+import hashlib
 import json
 import math
+import random
 import subprocess
 import sys
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import date
@@ -24,6 +27,9 @@ from ip2p import InstructPix2Pix
 from ip2p.attention import SpatialTransformer
 from ip2p.checkpoint import Parts, load_checkpoint, load_vae, save_checkpoint, save_vae
 from ip2p.clip_filter import build_clip, load_clip, normalize_pixels, save_clip
+from ip2p.edits import (EditWriter, completion_loss, make_completion, make_prompt, pack_encoding, read_triples,
+                        train_encoding)
+from ip2p.gpt import GPT, GPTConfig, save_gpt
 from ip2p.guidance import dropout_masks
 from ip2p.images import contact_sheet, save_image, to_images, to_pixels
 from ip2p.schedule import add_noise, make_alphas_cumprod, velocity
@@ -32,7 +38,8 @@ from ip2p.text import TextConfig, TextEncoder, Tokenizer
 from ip2p.training import fit, seeded
 from ip2p.unet import ResBlock, UNet, UNetConfig
 from ip2p.vae import AttnBlock, AutoencoderKL, ResnetBlock, VAEConfig
-from ip2p.world import KINDS, World
+from ip2p.world import KINDS, SPLITS, World
+from ip2p.world_reader import judge, relexicalize
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -288,6 +295,84 @@ def score_edits(editor, world, args):
     return {"psnr": {name: round(float(torch.cat(values).mean()), 2) for name, values in scores.items()}}
 
 
+# ---- the language model that writes edits
+
+TRIPLES = [Path(__file__).parent / "ip2p" / "assets" / "triples" / name for name in ("world.jsonl", "photos.jsonl")]
+EDITS = GPTConfig(vocab_size=2048, context_length=128, width=192, layers=4, heads=6)
+
+
+def train_edits(args, world):
+    """First the world's captions, each followed by the same scene's after some change, so that the model learns to repeat a
+    sentence but for a word; then triples, with the loss on the completion alone as in the paper. Its own first stage falls
+    away where it starts from public GPT-2 weights (--base).
+
+    700 triples are few for a small model. So unless --verbatim or --base is given, half of the time a hand-written triple
+    that the world's grammar can read is put in other words of the world (`relexicalize`). The world's own instructions
+    are not used.
+    """
+    triples = read_triples(args.triples)
+    args.learns_from = hashlib.sha256(json.dumps([triples, str(args.base)]).encode()).hexdigest()       # a setting of the run
+    if args.base:
+        writer = EditWriter.load(args.base, args.device)
+        model, encoding = writer.model.requires_grad_(True), writer.encoding
+    else:
+        texts = [world.caption(args.seed + 4, i)[1] for i in range(3000)] + [text for t in triples for text in t.values()]
+        encoding = train_encoding(texts + [make_prompt("") + make_completion("", "")] * 1000, EDITS.vocab_size)
+        model = GPT(EDITS).to(args.device)
+        writer = EditWriter(model, encoding)
+    encode, first = encoding.encode_ordinary, 0 if args.base else args.pretrain_steps
+    lengths = [len(encode(make_prompt(t["input"]))) + len(encode(make_completion(t["edit"], t["output"]))) for t in triples]
+    if max(lengths) > model.config.context_length:
+        raise ValueError(f"a triple of {max(lengths)} tokens is more than the context's {model.config.context_length}: "
+                         f"{triples[lengths.index(max(lengths))]}")
+
+    def captions_loss(step, length=65):
+        """The world's captions in pairs, before and after a change, as one text, cut off at `length` tokens."""
+        edits, rows = iter(range(step * 8 * args.batch_size, (step + 1) * 8 * args.batch_size)), []
+        for _ in range(args.batch_size):
+            tokens = []
+            while len(tokens) < length:
+                edit = world.edit(args.seed + 4, next(edits))
+                tokens += encode(f"{edit.caption}\n{edit.edited_caption}\n\n")
+            rows.append(tokens[:length])
+        ids = torch.tensor(rows, device=args.device)
+        return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1).float(), ids[:, 1:].flatten())
+
+    def triples_loss(step):
+        rng, pairs = random.Random(f"{args.seed}/{step}"), []
+        for _ in range(args.batch_size):
+            triple = rng.choice(triples)
+            reworded = None if args.verbatim or args.base or rng.random() < .5 else relexicalize(triple, rng, world)
+            caption, edit, output = (reworded or triple).values()
+            pairs.append((encode(make_prompt(caption)), encode(make_completion(edit, output))))
+        return completion_loss(model, pairs)
+
+    def loss_fn(step):
+        with args.autocast():
+            return (captions_loss if step < first else triples_loss)(step), {}
+
+    record = run(args, model, loss_fn)
+    record |= dict(triples=len(triples), verbatim=bool(args.verbatim or args.base), pretrain_steps=first,
+                   scores=score_writer(writer, world, args), encoding=pack_encoding(encoding))
+    save_gpt(model, args.out / "mini-gpt.safetensors", record, dtype=torch.float16)
+    return {k: v for k, v in record.items() if k != "encoding"}
+
+
+def score_writer(writer, world, args):
+    """On new captions of each split: the share of completions that are edits, and how many of all the world's grammar finds
+    right, wrong, or cannot read (`ip2p.world_reader.judge`)."""
+    scores = {}
+    for split in SPLITS:
+        verdicts = Counter()
+        for i in range(args.score_examples):
+            caption = world.caption(args.seed + 5, i, split)[1]
+            edit = writer.write(caption, args.seed)
+            verdicts[judge(caption, *edit)[1] if edit else "no edit"] += 1
+        share = {k: round(verdicts[k] / args.score_examples, 3) for k in ("right", "wrong", "unknown", "no edit")}
+        scores[split] = dict(captions=args.score_examples, parsed=round(1 - share.pop("no edit"), 3), **share)
+    return scores
+
+
 # ---- what all stages share
 
 def start_as_identity(module):
@@ -305,6 +390,7 @@ DEFAULTS = {         # what made the shipped weights, on two CPU cores; a GPU ha
     "clip": dict(steps=260, batch_size=128, ema_decay=0.99),
     "base": dict(steps=1150, batch_size=48, ema_decay=0.998, reuse=4),
     "edit": dict(steps=1800, batch_size=48, ema_decay=0.998, reuse=5),
+    "edits": dict(steps=1500, batch_size=32, ema_decay=0.995, pretrain_steps=500),
 }
 
 
@@ -331,7 +417,7 @@ def commit() -> str:
     return answer.stdout.strip()
 
 
-STAGES = {"vae": train_vae, "clip": train_clip, "base": train_base, "edit": train_edit}
+STAGES = {"vae": train_vae, "clip": train_clip, "base": train_base, "edit": train_edit, "edits": train_edits}
 
 
 def main(args):
@@ -340,7 +426,7 @@ def main(args):
             setattr(args, name, value)
     check(args)
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.base is None:
+    if args.base is None and args.stage == "edit":
         here = args.out / "mini-sd.safetensors"
         args.base = here if here.exists() else WEIGHTS / here.name
     print(" ".join(f"{k}={v}" for k, v in vars(args).items()), flush=True)
@@ -353,7 +439,7 @@ def main(args):
 
 def check(args):
     """ValueError for settings that cannot work."""
-    for name, least in (("steps", 1), ("batch_size", 2), ("block", args.batch_size), ("reuse", 1), ("score_examples", 1)):
+    for name, least in (("steps", 1), ("batch_size", 2), ("pretrain_steps", 0), ("block", args.batch_size), ("reuse", 1), ("score_examples", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
@@ -385,7 +471,12 @@ if __name__ == "__main__":
                         "(default: %(default)s)")
     parser.add_argument("--ema-decay", type=float, help="of the averaged weights (default: the stage's own)")
     parser.add_argument("--base", type=Path, help="edit: the text-to-image checkpoint to start from (default: OUT/mini-sd."
-                        "safetensors if there is one, else weights/mini-sd.safetensors)")
+                        "safetensors if there is one, else weights/mini-sd.safetensors); edits: public GPT-2 weights to start from")
+    parser.add_argument("--triples", type=Path, nargs="+", default=TRIPLES, help="edits: jsonl files of {input or caption, edit, "
+                        "output} (default: the 700 shipped)")
+    parser.add_argument("--pretrain-steps", type=int, help="edits: how many of the steps go to captions, before the triples "
+                        "(default: 500; none with --base)")
+    parser.add_argument("--verbatim", action="store_true", default=None, help="edits: learn the triples only as they are written")
     parser.add_argument("--init", type=Path, help="base: the text-to-image checkpoint to train further, made with the same autoencoder")
     parser.add_argument("--cfg-text", type=float, default=3.0, help="text guidance of sheets and scores, kept as the model's "
                         "own default (default: %(default)s)")
@@ -397,7 +488,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--sheet-minutes", type=float, default=10.0, help="minutes between sample sheets (default: %(default)s)")
     parser.add_argument("--score-examples", type=int, default=512, help="held-out examples that the result is scored on; "
-                        "edits are drawn in full for a sixth of as many (default: %(default)s)")
+                        "edit: pictures are drawn in full for a sixth of as many (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the arithmetic; weights stay float32 (default: %(default)s)")
     try:

@@ -5,6 +5,7 @@ Submodules carry the names in the public checkpoints, whose matrices are (in, ou
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -113,9 +114,10 @@ class GPT(nn.Module):
 
 
 @torch.no_grad()
-def generate(model: GPT, prompt: list[int], max_tokens: int, *, stop: int | None = None, temperature: float = 0.7,
-             top_p: float = 1.0, frequency_penalty: float = 0.1, generator: torch.Generator | None = None) -> list[int]:
-    """Tokens that continue `prompt`, until `stop` (left out), `max_tokens`, or the context is full.
+def generate(model: GPT, prompt: list[int], max_tokens: int, *, stop: Callable[[list[int]], bool] | None = None,
+             temperature: float = 0.7, top_p: float = 1.0, frequency_penalty: float = 0.1,
+             generator: torch.Generator | None = None) -> list[int]:
+    """Tokens that continue `prompt`, until `stop` of them is true, there are `max_tokens`, or the context is full.
 
     temperature: 0 takes the likeliest token. top_p: sample among the likeliest tokens that hold this much probability.
     frequency_penalty: taken from a token's logit for every time that it was generated (OpenAI's definition). The defaults
@@ -128,9 +130,9 @@ def generate(model: GPT, prompt: list[int], max_tokens: int, *, stop: int | None
     while len(out) < room:
         logits = model(ids, cache)[0, -1].float().cpu() - frequency_penalty * counts
         token = pick(logits, temperature, top_p, generator)
-        if token == stop:
-            break
         out.append(token)
+        if stop is not None and stop(out):
+            break
         counts[token] += 1
         ids = torch.tensor([[token]], device=device)
     return out

@@ -51,7 +51,7 @@ def make_optimizers(module: nn.Module, name: str, lr: float, weight_decay: float
     fused = dict(betas=(0.9, 0.99 if name == "muon" else 0.999), weight_decay=weight_decay, fused=True)
     if name == "adamw":
         return [torch.optim.AdamW(params.values(), lr=lr, **fused)]
-    outer = ("embedding", "conv_in", "conv_out", "input_blocks.0.", "out.2", "visual.conv1", "logit_scale")
+    outer = ("embedding", "conv_in", "conv_out", "input_blocks.0.", "out.2", "visual.conv1", "logit_scale", "wte", "wpe")
     inner = [p for n, p in params.items() if p.ndim >= 2 and not any(part in n for part in outer)]
     inside = {id(p) for p in inner}
     return [Muon(inner, lr=20 * lr), torch.optim.AdamW([p for p in params.values() if id(p) not in inside], lr=lr, **fused)]

@@ -1,0 +1,333 @@
+"""Writing edits: a fine-tuned GPT-2 turns a caption into an instruction and the edited caption (InstructPix2Pix, section 3.1.1).
+
+A triple is a caption, an instruction and the edited caption; to the model it is the text
+
+    caption \\n##\\n instruction \\n%%\\n edited caption \\nEND
+
+with the delimiters of the published data. The part up to `##` is the prompt, the rest the completion.
+"""
+import base64
+import csv
+import hashlib
+import json
+import os
+import tempfile
+from collections import Counter, defaultdict
+from itertools import count as count_from
+from pathlib import Path
+from typing import Iterable, Iterator
+
+import regex
+import tiktoken
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from .gpt import GPT, generate, load_gpt
+from .world import World
+from .world_reader import changes, read
+
+DELIMITER_0, DELIMITER_1, STOP = "\n##\n", "\n%%\n", "\nEND"
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"          # how GPT-2 cuts text into words
+PUBLIC_FILES = [f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}" for name in ("encoder.json", "vocab.bpe")]
+
+
+# ---- triples as text
+
+def make_prompt(caption: str) -> str:
+    return caption + DELIMITER_0
+
+
+def make_completion(edit: str, output: str) -> str:
+    return edit + DELIMITER_1 + output + STOP
+
+
+def plain(text: str) -> str:
+    """A caption as the published rule compares it."""
+    return text.strip().strip(".!?").lower()
+
+
+def parse_completion(caption: str, completion: str) -> tuple[str, str] | None:
+    """(instruction, edited caption), or None: unfinished, not of two non-empty lines, or the caption is as it was."""
+    text, stop, _ = completion.partition(STOP)
+    parts = [part.strip() for part in text.split(DELIMITER_1)]
+    if not stop or len(parts) != 2 or not all(parts) or any("\n" in part for part in parts) or plain(parts[1]) == plain(caption):
+        return None
+    return parts[0], parts[1]
+
+
+def read_triples(paths: Iterable[str | Path]) -> list[dict]:
+    """Triples {"input", "edit", "output"} of jsonl files, the caption under either of its published names, "input" or
+    "caption". Raises ValueError with file and line for what is none, or would not be accepted if the model wrote it."""
+    triples = []
+    for path in paths:
+        for number, row in _json_lines(path):
+            triple = {"input": row.get("input", row.get("caption")), "edit": row.get("edit"), "output": row.get("output")}
+            missing = [key for key, text in triple.items() if not isinstance(text, str) or not text.strip()]
+            if missing:
+                raise ValueError(f"{path}:{number}: a triple needs non-empty texts 'input' (or 'caption'), 'edit' and 'output'; "
+                                 f"lacks {', '.join(missing)}")
+            if parse_completion(triple["input"], make_completion(triple["edit"], triple["output"])) is None:
+                raise ValueError(f"{path}:{number}: the edited caption is the caption, or a text has several lines: {triple}")
+            triples.append(triple)
+    if not triples:
+        raise ValueError(f"no triples in {', '.join(map(str, paths))}")
+    return triples
+
+
+def _json_lines(path) -> Iterator[tuple[int, dict]]:
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{path}:{number}: not JSON ({error})") from None
+                if not isinstance(row, dict):
+                    raise ValueError(f"{path}:{number}: not a JSON object: {line.strip()[:60]}")
+                yield number, row
+
+
+def completion_loss(model: GPT, pairs: list[tuple[list[int], list[int]]]) -> torch.Tensor:
+    """Mean cross-entropy of the completions' tokens, given (prompt, completion) tokens; prompts are not learned."""
+    device, length = model.wte.weight.device, max(len(p) + len(c) for p, c in pairs)
+    ids = torch.tensor([p + c + [0] * (length - len(p) - len(c)) for p, c in pairs], device=device)
+    target = torch.tensor([[-100] * len(p) + c + [-100] * (length - len(p) - len(c)) for p, c in pairs], device=device)
+    return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1).float(), target[:, 1:].flatten(), ignore_index=-100)
+
+
+# ---- encodings
+
+def train_encoding(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
+    """Byte-level BPE (Sennrich et al. 2016, Radford et al. 2019) of at most `vocab_size` tokens: from single bytes, again and
+    again the most frequent neighbours within words become one. Ties go to the smaller pair, so the result is a function of the texts."""
+    counts = Counter(word for text in texts for word in regex.findall(PATTERN, text))
+    words = [([bytes([b]) for b in word.encode()], n) for word, n in sorted(counts.items())]
+    ranks, pairs, homes = {bytes([b]): b for b in range(256)}, Counter(), defaultdict(set)       # homes: words that hold a pair
+
+    def tally(number, sign):
+        parts, n = words[number]
+        for pair in zip(parts, parts[1:]):
+            pairs[pair] += sign * n
+            homes[pair].add(number)
+
+    for number in range(len(words)):
+        tally(number, 1)
+    while len(ranks) < vocab_size:
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)
+        if best is None or not pairs[best]:
+            break
+        ranks[best[0] + best[1]] = len(ranks)
+        for number in homes.pop(best):
+            tally(number, -1)
+            parts, i = words[number][0], 0
+            while i < len(parts) - 1:
+                if (parts[i], parts[i + 1]) == best:
+                    parts[i:i + 2] = [best[0] + best[1]]
+                i += 1
+            tally(number, 1)
+        pairs = +pairs                                  # drop those that are no more
+    return _encoding(ranks)
+
+
+def _encoding(ranks: dict[bytes, int], special: dict[str, int] | None = None) -> tiktoken.Encoding:
+    return tiktoken.Encoding("ip2p", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special or {})
+
+
+def gpt2_encoding(vocab: str | Path, merges: str | Path) -> tiktoken.Encoding:
+    """The encoding of a `vocab.json` and a `merges.txt` as OpenAI published them (there `encoder.json`, `vocab.bpe`).
+    Raises ValueError if they do not belong together."""
+    ids = json.loads(Path(vocab).read_text("utf-8"))
+    # Printable bytes stand for themselves, the others, in order, for the letters from 256 on.
+    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in printable)}
+    lines = Path(merges).read_text("utf-8").split("\n")
+    merged = ["".join(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    special = {word: i for word, i in ids.items() if word.startswith("<|")}
+    order = [ids.get(word, -1) for word in merged]
+    # tiktoken merges by the number of the result: it must rise with the line
+    if order != sorted(set(order)) or set(ids) - set(special) != set(byte_of) | set(merged):
+        raise ValueError(f"{vocab} and {merges} do not belong together")
+    return _encoding({bytes(byte_of[c] for c in word): i for word, i in ids.items() if word not in special}, special)
+
+
+def find_encoding(weights: Path) -> tiktoken.Encoding:
+    """The encoding for public GPT-2 weights: of vocab.json and merges.txt beside them, or else in tiktoken's cache. It does
+    not look on the network; ValueError says what to do."""
+    cache = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
+                 or Path(tempfile.gettempdir()) / "data-gym-cache")
+    for files in ([weights.parent / name for name in ("vocab.json", "merges.txt")],
+                  [cache / hashlib.sha1(url.encode()).hexdigest() for url in PUBLIC_FILES]):
+        if all(file.exists() for file in files):
+            return gpt2_encoding(*files)
+    raise ValueError(f"no encoding for {weights}: put GPT-2's vocab.json and merges.txt beside it, or fill tiktoken's cache "
+                     f"({cache}) by tiktoken.get_encoding('gpt2')")
+
+
+def pack_encoding(encoding: tiktoken.Encoding) -> dict:
+    """What a model file's record says of its encoding."""
+    tokens = {encoding.encode_single_token(t): t for t in encoding.token_byte_values()}
+    special = {text: encoding.encode_single_token(text) for text in encoding.special_tokens_set}
+    first = min(set(range(len(tokens))) - set(tokens), default=len(tokens))
+    assert first == len(tokens), "tokens are numbered without gaps, special ones last"
+    return dict(pattern=PATTERN, tokens=" ".join(base64.b64encode(tokens[i]).decode() for i in range(len(tokens))), special=special)
+
+
+def unpack_encoding(record: dict) -> tiktoken.Encoding:
+    tokens = [base64.b64decode(token) for token in record["tokens"].split(" ")]
+    return _encoding({token: i for i, token in enumerate(tokens)}, record["special"])
+
+
+# ---- writing
+
+class EditWriter:
+    """A language model with its encoding, that writes an edit for a caption."""
+
+    def __init__(self, model: GPT, encoding: tiktoken.Encoding, record: dict | None = None):
+        self.model, self.encoding, self.record = model, encoding, record or {}
+
+    @classmethod
+    def load(cls, path: str | Path, device=None) -> "EditWriter":
+        """From a file that `save_gpt` wrote, or public GPT-2 weights (`find_encoding`). Raises ValueError naming the file."""
+        model, record = load_gpt(path, device)
+        encoding = unpack_encoding(record["encoding"]) if "encoding" in record else find_encoding(Path(path))
+        if encoding.n_vocab > model.config.vocab_size:
+            raise ValueError(f"{path} has {model.config.vocab_size} tokens, its encoding {encoding.n_vocab}")
+        return cls(model, encoding, record)
+
+    def complete(self, caption: str, seed: int, *, temperature: float = 0.7, top_p: float = 1.0, frequency_penalty: float = 0.1,
+                 max_tokens: int = 256) -> str:
+        """The model's text for a caption, "" if the caption fills the context. The caption itself is part of the seed: its
+        edit depends on no other caption."""
+        digest = hashlib.blake2b(f"{seed}\n{caption}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+        prompt = self.encoding.encode_ordinary(make_prompt(caption))
+        if len(prompt) >= self.model.config.context_length:
+            return ""
+        done = lambda tokens: STOP in self.encoding.decode(tokens[-len(STOP):])
+        return self.encoding.decode(generate(self.model, prompt, max_tokens, stop=done, temperature=temperature, top_p=top_p,
+                                             frequency_penalty=frequency_penalty, generator=generator))
+
+    def write(self, caption: str, seed: int, **sampling) -> tuple[str, str] | None:
+        """(instruction, edited caption), or None if what the model wrote is no edit; sampling: as for `complete`."""
+        return parse_completion(caption, self.complete(caption, seed, **sampling))
+
+
+def read_captions(path: str | Path) -> Iterator[tuple[str, str | None]]:
+    """(caption, url or None) of a file: .jsonl or .csv with the caption under "caption", "input" or "TEXT" and the address
+    under "url" or "URL", else plain text with a caption a line. Raises ValueError naming file and line."""
+    path = Path(path)
+    with open(path, encoding="utf-8", newline="" if path.suffix == ".csv" else None) as lines:
+        if path.suffix not in (".jsonl", ".csv"):
+            yield from ((line.strip(), None) for line in lines if line.strip())
+            return
+        rows = _json_lines(path) if path.suffix == ".jsonl" else enumerate(csv.DictReader(lines), 2)
+        for number, row in rows:
+            caption = next((row[key] for key in ("caption", "input", "TEXT") if isinstance(row.get(key), str)), "")
+            if not caption.strip():
+                raise ValueError(f"{path}:{number}: no caption under 'caption', 'input' or 'TEXT'")
+            yield " ".join(caption.split()), row.get("url", row.get("URL"))
+
+
+def world_captions(world: World, seed: int = 0, split: str = "train") -> Iterator[tuple[str, None]]:
+    """The miniature world's captions, without end."""
+    return ((world.caption(seed, i, split)[1], None) for i in count_from())
+
+
+def generate_edits(writer: EditWriter, captions: Iterable[tuple[str, str | None]], path: str | Path, *, seed: int = 0,
+                   count: int | None = None, **sampling) -> dict:
+    """Append an edit for each caption to a jsonl file {"caption", "edit", "output", "url"}, until there are `count`.
+
+    captions: (caption, url or None); what repeats a caption or a url is passed over. Completions that are no edit go to
+    `path` with the suffix .rejected.jsonl, so that both files together say what was tried: repeated after any kind of
+    end, it goes on, and leaves the files of an uninterrupted run. sampling: as for `EditWriter.complete`. Returns
+    `report`'s dict. Raises ValueError if the files were begun with another seed, model or sampling.
+    """
+    path, rejected = Path(path), rejected_path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    settings = dict(seed=seed, model=hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in writer.model.parameters()))
+                    .hexdigest()[:16], **sampling)
+    for file in (path, rejected):
+        _cut_torn_line(file)
+    if path.stat().st_size and not rejected.stat().st_size:
+        raise ValueError(f"{path} holds edits, but {rejected}, which says how they were made, is missing")
+    with open(path, "a", encoding="utf-8") as kept, open(rejected, "a", encoding="utf-8") as others:
+        if not others.tell():
+            print(json.dumps({"settings": settings}), file=others, flush=True)
+        seen, accepted = set(), 0
+        for file in (path, rejected):
+            for _, row in _json_lines(file):
+                if row.get("settings", settings) != settings:
+                    raise ValueError(f"{path} was begun with other settings: {row['settings']}, now {settings}")
+                if "caption" in row:
+                    seen.update(_keys(row["caption"], row.get("url")))
+                    accepted += file == path
+        with tqdm(total=count, initial=accepted, desc="edits", dynamic_ncols=True, mininterval=1) as bar:
+            for caption, url in captions:
+                if count is not None and accepted >= count:
+                    break
+                keys = _keys(caption, url)
+                if keys & seen:
+                    continue
+                seen |= keys
+                completion = writer.complete(caption, seed, **sampling)
+                edit = parse_completion(caption, completion)
+                if edit:
+                    row = dict(caption=caption, edit=edit[0], output=edit[1], url=url)
+                    print(json.dumps(row, ensure_ascii=False), file=kept, flush=True)
+                    accepted += 1
+                    bar.update()
+                else:
+                    row = dict(caption=caption, completion=completion, url=url)
+                    print(json.dumps(row, ensure_ascii=False), file=others, flush=True)
+    return report(path)
+
+
+def rejected_path(path: str | Path) -> Path:
+    return Path(path).with_suffix(".rejected.jsonl")
+
+
+def _keys(caption, url):
+    """Short hashes by which a caption and its url are known again."""
+    texts = ["c" + caption.strip()] + (["u" + url] if url else [])
+    return {hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts}
+
+
+def _cut_torn_line(path):
+    """Create the file, or drop what a kill left of its last line."""
+    with open(path, "ab+") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            file.seek(end - 1)
+            if file.read(1) == b"\n":
+                break
+            end -= 1
+        file.truncate(end)
+
+
+def edit_kind(caption: str, output: str) -> str:
+    """What an edit changed. A caption of the miniature world is read: kinds as in `ip2p.world.KINDS`, joined by "+". For
+    others it is how the words changed: added, taken away, exchanged, or mostly rewritten."""
+    a, b = read(caption), read(output)
+    if a and b:
+        return "+".join(sorted({kind for kind, _, _ in changes(a, b)})) or "none"
+    before, after = (Counter(plain(text).replace(",", "").split()) for text in (caption, output))
+    gone, new = (before - after).total(), (after - before).total()
+    if 2 * gone > before.total():
+        return "words rewritten"
+    return "words exchanged" if gone and new else "words added" if new else "words taken away" if gone else "words moved"
+
+
+def report(path: str | Path, examples: int = 8) -> dict:
+    """Of a file of edits: how many captions were tried and accepted, the share, distinct instructions, edits by kind (most
+    frequent first), and the first few to read."""
+    accepted, instructions, kinds, shown = 0, set(), Counter(), []
+    for _, row in _json_lines(path):
+        accepted += 1
+        instructions |= _keys(plain(row["edit"]), None)
+        kinds[edit_kind(row["caption"], row["output"])] += 1
+        if len(shown) < examples:
+            shown.append({key: row[key] for key in ("caption", "edit", "output")})
+    tried = accepted + sum("caption" in row for _, row in _json_lines(rejected_path(path)))
+    return dict(tried=tried, accepted=accepted, share=round(accepted / max(tried, 1), 4), instructions=len(instructions),
+                kinds=dict(kinds.most_common()), examples=shown)
