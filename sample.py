@@ -3,8 +3,12 @@
     python sample.py --image ip2p/assets/examples/fox.png --prompt "make it night"
     python sample.py --image ip2p/assets/examples/ --prompt "make it night" --grid --cfg-text 3 5 7.5 --cfg-image 1 1.5 2
 
-The second makes sheets that show what the two guidance scales do. Every prompt is applied to every picture; results
-are PNG files in outputs/ that record, as JSON in their text chunk "ip2p", what is needed to make them again.
+    python sample.py --method null-text --image ip2p/assets/examples/fox.png --source-prompt "a fox in a meadow" \
+        --prompt "a fox in a meadow at night"
+
+The second makes sheets that show what the two guidance scales do. The third edits with a text-to-image model, by inversion
+and Prompt-to-Prompt: prompts then say what the pictures shall show. Every prompt is applied to every picture; results are
+PNG files in outputs/ that record, as JSON in their text chunk "ip2p", what is needed to make them again.
 """
 import argparse
 import json
@@ -14,7 +18,10 @@ import tempfile
 from itertools import chain, count, islice, product
 from pathlib import Path
 
-MINIATURE = Path(__file__).resolve().parent / "weights" / "mini-ip2p.safetensors"
+WEIGHTS = Path(__file__).resolve().parent / "weights"
+EDITOR = WEIGHTS / "mini-ip2p.safetensors", "path/to/instruct-pix2pix-00-22000.safetensors or --model timbrooks/instruct-pix2pix"
+BASE = WEIGHTS / "mini-sd.safetensors", "path/to/v1-5-pruned-emaonly.safetensors"
+METHODS = {"ip2p": EDITOR, "sdedit": BASE, "p2p": BASE, "null-text": BASE}            # the model of each, and the public one
 WRITTEN = (".png", ".jpg", ".jpeg", ".webp")
 READ = (*WRITTEN, ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm")           # what is taken from a folder
 
@@ -35,23 +42,32 @@ def main(args):
     folder, file = check_output(args.output, paths, len(paths) * len(args.prompt) * args.num_images)
 
     # Load the model. It may know the settings that suit it.
-    if args.model == str(MINIATURE):
-        print("model: the miniature, which knows only the toy world it was trained on; for photographs, pass --model "
-              "path/to/instruct-pix2pix-00-22000.safetensors or --model timbrooks/instruct-pix2pix")
+    miniature, public = METHODS[args.method]
+    if args.model is None:
+        args.model = str(miniature)
+        print(f"model: the miniature, which knows only the toy world it was trained on; for photographs, pass --model {public}")
     args.device, args.dtype, dtype = choose_device(args.device, args.dtype)
     model = InstructPix2Pix.load(args.model, args.device, dtype, args.vae)
-    if not model.is_editor:
+    if args.method == "ip2p" and not model.is_editor:
         raise ValueError(f"{args.model}: not an editor: its UNet takes {model.unet.config.in_channels} channels, "
                          f"InstructPix2Pix's {2 * model.vae.config.z_channels}")
+    if args.method != "ip2p" and model.is_editor:
+        raise ValueError(f"{args.model}: an editor: --method {args.method} needs a text-to-image model")
     own = model.parts.metadata
     cfg_text, cfg_image = args.cfg_text or [own.get("cfg_text", 7.5)], args.cfg_image or [own.get("cfg_image", 1.5)]
-    settings = dict(negative_prompt=args.negative_prompt, sampler=args.sampler, eta=0.0 if args.sampler == "ddim" else 1.0,
-                    steps=args.steps or own.get("sample_steps", 20),       # its "steps" are those of its training
+    settings = dict(steps=args.steps or own.get("sample_steps", 20),       # its "steps" are those of its training
                     size=args.size or model.parts.image_size)
-    record = settings | dict(cfg_text=cfg_text if args.grid else cfg_text[0],
-                             cfg_image=cfg_image if args.grid else cfg_image[0],
-                             model=Path(args.model).name if Path(args.model).exists() else args.model,
-                             vae=args.vae and Path(args.vae).name, dtype=args.dtype)
+    if args.method == "ip2p":
+        edit = model.edit
+        settings |= dict(negative_prompt=args.negative_prompt, sampler=args.sampler, eta=0.0 if args.sampler == "ddim" else 1.0)
+        kept = settings | dict(cfg_image=cfg_image if args.grid else cfg_image[0])
+    else:
+        edit = TextEditor(model, args).edit
+        names = ["strength"] if args.method == "sdedit" else ["source_prompt", "cross_steps", "self_steps", "blend"]
+        kept = settings | {name: getattr(args, name) for name in names}
+    record = kept | dict(method=args.method, cfg_text=cfg_text if args.grid else cfg_text[0],
+                         model=Path(args.model).name if Path(args.model).exists() else args.model,
+                         vae=args.vae and Path(args.vae).name, dtype=args.dtype)
     print(" ".join(f"{k}={v!r}" for k, v in record.items()), f"seed={args.seed} device={args.device}", flush=True)
     note_prompts(model.tokenizer, args.prompt, args.negative_prompt)
     if args.compile:
@@ -68,8 +84,8 @@ def main(args):
             _, images, prompts = zip(*batch)
             results = []                                                   # by scale, then by job and seed
             for image_scale, text_scale in scales:
-                results.append(model.edit(images, prompts, cfg_text=text_scale, cfg_image=image_scale, seed=seeds[0],
-                                          num_images=len(seeds), progress=one_run, **settings))
+                results.append(edit(images, prompts, cfg_text=text_scale, cfg_image=image_scale, seed=seeds[0],
+                                    num_images=len(seeds), progress=one_run, **settings))
                 bar.update(len(results[-1]))
             for ((path, image, prompt), seed), cells in zip(product(batch, seeds), zip(*results)):
                 if not args.keep_model_size:
@@ -80,6 +96,35 @@ def main(args):
                 save(result, target, dict(image=path.name, prompt=prompt, seed=seed) | record)
                 bar.write(str(target))
     return 2 if bad else 0
+
+
+class TextEditor:
+    """Editing with a text-to-image model, one picture at a time, by the same call as `InstructPix2Pix.edit`."""
+
+    def __init__(self, model, args):
+        self.model, self.args = model, args
+        self.picture = self.inverted = None                                # the last one: its prompts follow each other
+
+    def edit(self, images, prompts, *, steps, cfg_text, seed, num_images, size, progress, **_):
+        from ip2p.inversion import InvertedPicture, sdedit
+        from ip2p.prompt_to_prompt import LocalBlend, prompt_to_prompt
+        args, results = self.args, []
+        for image, prompt in zip(images, prompts):
+            if args.method == "sdedit":
+                results += [sdedit(self.model, image, prompt, strength=args.strength, steps=steps, cfg_text=cfg_text,
+                                   seed=seed + i, size=size, progress=progress) for i in range(num_images)]
+                continue
+            texts = [args.source_prompt, prompt]
+            control = prompt_to_prompt(self.model.tokenizer, texts, steps, cross_replace_steps=args.cross_steps,
+                                       mode="replace" if len(texts[0].split()) == len(prompt.split()) else "refine",
+                                       self_replace_steps=args.self_steps,
+                                       local_blend=LocalBlend(tuple(args.blend)) if args.blend else None)
+            if image is not self.picture:
+                self.inverted = InvertedPicture(self.model, image, args.source_prompt, optimize=args.method == "null-text",
+                                                steps=steps, cfg_text=cfg_text, size=size, progress=progress)
+                self.picture = image
+            results.append(self.inverted.edit([prompt], control, progress=progress)[1])
+        return results
 
 
 def find_pictures(images):
@@ -229,8 +274,8 @@ def parse(argv=None):
     flag, scale = p.add_argument, within(float, -1000, 1000)
     flag("--image", nargs="+", required=True, help="pictures to edit: files, or folders of them (no default)")
     flag("--prompt", nargs="+", required=True, help="instructions, each for every picture (no default)")
-    flag("--model", default=str(MINIATURE), help="a .safetensors or .ckpt file, a diffusers folder, or an id on the Hugging "
-         "Face hub (default: weights/mini-ip2p.safetensors)")
+    flag("--model", help="a .safetensors or .ckpt file, a diffusers folder, or an id on the Hugging Face hub (default: "
+         "weights/mini-ip2p.safetensors, weights/mini-sd.safetensors for other methods)")
     flag("--vae", help="a file or folder with another autoencoder (default: the model's own)")
     flag("--output", default="outputs", help="a folder, where results get names like fox-make-it-night.png that are not taken "
          "yet; or a .png, .jpg or .webp file, for a single result (default: %(default)s)")
@@ -249,10 +294,26 @@ def parse(argv=None):
     flag("--batch-size", type=within(int, 1, 10000), default=8, help="results made at a time (default: %(default)s)")
     flag("--device", help="such as cpu, cuda or cuda:1 (default: cuda if there is one, else cpu)")
     flag("--dtype", choices=("fp32", "fp16", "bf16"), help="of weights and arithmetic (default: bf16 on cuda, else fp32)")
+    flag("--method", choices=METHODS, default="ip2p", help="how to edit: by InstructPix2Pix in one pass; or with a text-to-image "
+         "model, by SDEdit, by Prompt-to-Prompt after DDIM inversion, or after null-text inversion (default: %(default)s)")
+    flag("--source-prompt", help="p2p, null-text: what the picture shows; prompts then say what it shall show (no default)")
+    flag("--strength", type=within(float, 0, 1), default=0.75, help="sdedit: share of the steps that are drawn again (default: %(default)s)")
+    flag("--cross-steps", type=within(float, 0, 1), default=0.8, help="p2p, null-text: share of the steps with the source's "
+         "cross-attention (default: %(default)s)")
+    flag("--self-steps", type=within(float, 0, 1), default=0.4, help="p2p, null-text: likewise of self-attention (default: %(default)s)")
+    flag("--blend", nargs=2, metavar=("SOURCE_WORD", "WORD"), help="p2p, null-text: leave the picture as it is except where "
+         "these words of the two prompts are (default: off)")
     flag("--compile", action="store_true", help="torch.compile the UNet: slow to start, then faster (default: off)")
     args = p.parse_args(argv)
     if args.grid and args.num_images > 1:
         p.error(f"--grid makes one picture of each scale, so --num-images must be 1, got {args.num_images}")
+    if args.method != "ip2p" and (args.grid or args.cfg_image or args.negative_prompt):
+        p.error(f"--grid, --cfg-image and --negative-prompt go with --method ip2p, got --method {args.method}")
+    if args.method in ("p2p", "null-text"):
+        if not (args.source_prompt or "").strip():
+            p.error(f"--method {args.method} needs --source-prompt, what the picture shows")
+        if args.num_images > 1:
+            p.error(f"--method {args.method} draws no random numbers, so --num-images must be 1, got {args.num_images}")
     for name, scales in (("--cfg-text", args.cfg_text), ("--cfg-image", args.cfg_image)):
         if scales and len(scales) > 1 and not args.grid:
             p.error(f"{name} takes several scales only with --grid, got {len(scales)}")

@@ -175,6 +175,7 @@ class InstructPix2Pix:
                                  x_T=None if x_T is None else x_T.repeat(2, 1, 1, 1), control=control, progress=progress)
         return self.decode(z).float().clamp(-1, 1).cpu().split(B)
 
+    @torch.no_grad()
     def text_to_latents(self, texts: list[str], null_context, cfg_text, shape, *, steps, sampler="ddim", seeds, x_T=None,
                         eta=0.0, control=None, first=0, progress=False) -> Tensor:
         """Clean latents (B, z, h, w) = `shape` of B texts. null_context: (B, M, D), or a list with one for every step;

@@ -208,7 +208,7 @@ def test_png_tells_how_to_make_it_again(cli, tmp_path):
     told = record(made)
     assert told == {"image": "fox.png", "prompt": 'add a "ball"', "negative_prompt": "rain", "seed": 11, "steps": 3, "eta": 1.0,
                     "sampler": "euler-ancestral", "cfg_text": 2.5, "cfg_image": 1.25, "size": 40, "model": "tiny.safetensors",
-                    "vae": None, "dtype": "fp32"}
+                    "vae": None, "dtype": "fp32", "method": "ip2p"}
     flags = [f for key in ("prompt", "negative_prompt", "seed", "steps", "sampler", "cfg_text", "cfg_image", "size", "dtype")
              for f in (f"--{key.replace('_', '-')}", told[key])]
     again = cli(*flags).files[0]
@@ -300,11 +300,32 @@ def test_model_brings_its_own_settings(cli, tmp_path):
     assert sample.main(args) == 0 and record(tmp_path / "x.png")["steps"] == 3
 
 
-def test_default_model_says_that_it_is_a_miniature(cli, model, monkeypatch):
-    monkeypatch.setattr(sample, "MINIATURE", model)
-    line = cli().out.splitlines()[0]
+def test_default_model_says_that_it_is_a_miniature(cli, model, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sample.METHODS, "ip2p", (model, sample.EDITOR[1]))
+    args = sample.parse(["--image", str(tmp_path / "fox.png"), "--prompt", "x", "--steps", "1", "--output", str(tmp_path / "x.png")])
+    assert sample.main(args) == 0
+    line = capsys.readouterr().out.splitlines()[0]
     assert "miniature" in line and "--model" in line and "timbrooks/instruct-pix2pix" in line
-    assert "miniature" not in cli("--model", f"{model.parent}/./{model.name}").out
+    assert "miniature" not in cli().out
+
+
+def test_methods_of_a_text_to_image_model(cli, tmp_path):
+    """Each gives a picture of the input's size and records its own settings; a word that is not there is refused."""
+    base = write_model(tmp_path / "sd.safetensors", in_channels=4, cfg_text=2.0)
+    pictures = {}
+    for method in ("sdedit", "p2p", "null-text"):
+        result = cli("--model", base, "--method", method, "--source-prompt", "a fox", "--prompt", "a red fox", "--output", tmp_path / f"{method}.png")
+        assert result.code == 0, result.err
+        path = tmp_path / f"{method}.png"
+        pictures[method] = Image.open(path)
+        told = record(path)
+        assert pictures[method].size == (48, 32) and told["method"] == method and told["cfg_text"] == 2.0
+        assert ("strength" in told) == (method == "sdedit") and ("source_prompt" in told) == (method != "sdedit")
+    assert len({np.asarray(picture).tobytes() for picture in pictures.values()}) == 3
+    flags = ("--model", base, "--method", "p2p", "--source-prompt", "a fox", "--prompt", "a red fox")
+    assert len(cli(*flags, "--blend", "fox", "fox").files) == 1
+    missing = cli(*flags, "--blend", "fox", "cat")
+    assert missing.code == 2 and "'cat' is not in the prompt" in missing.err and len(missing.err.splitlines()) == 1
 
 
 def test_compile_wraps_the_unet(cli, monkeypatch):
@@ -384,6 +405,15 @@ def test_bad_models(refused, tmp_path):
         line = refused("--model", path)
         assert str(path) in line and words in line
     assert "missing.pt" in refused("--vae", tmp_path / "missing.pt")
+    assert "--method sdedit needs a text-to-image model" in refused("--method", "sdedit")
+
+
+def test_settings_that_do_not_go_together(refused):
+    for flags, words in ((("--method", "p2p"), "needs --source-prompt"), (("--method", "null-text", "--source-prompt", " "), "needs --source-prompt"),
+                         (("--method", "sdedit", "--grid"), "go with --method ip2p"), (("--method", "sdedit", "--cfg-image", 1), "go with"),
+                         (("--method", "p2p", "--source-prompt", "x", "--num-images", 2), "must be 1, got 2"),
+                         (("--method", "sdedit", "--strength", 1.5), "got 1.5")):
+        assert words in refused(*flags)
 
 
 def test_bad_outputs_are_found_before_the_model_is_opened(refused, tmp_path):
