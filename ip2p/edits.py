@@ -21,6 +21,7 @@ import regex
 import tiktoken
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
 from .gpt import GPT, generate, load_gpt
@@ -90,10 +91,15 @@ def _json_lines(path) -> Iterator[tuple[int, dict]]:
 
 def completion_loss(model: GPT, pairs: list[tuple[list[int], list[int]]]) -> torch.Tensor:
     """Mean cross-entropy of the completions' tokens, given (prompt, completion) tokens; prompts are not learned."""
-    device, length = model.wte.weight.device, max(len(p) + len(c) for p, c in pairs)
-    ids = torch.tensor([p + c + [0] * (length - len(p) - len(c)) for p, c in pairs], device=device)
-    target = torch.tensor([[-100] * len(p) + c + [-100] * (length - len(p) - len(c)) for p, c in pairs], device=device)
-    return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1).float(), target[:, 1:].flatten(), ignore_index=-100)
+    device, total = model.wte.weight.device, 0
+    pairs = sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
+    for part in filter(None, (pairs[:len(pairs) // 2], pairs[len(pairs) // 2:])):              # short ones apart: less padding
+        rows = [torch.tensor(prompt + completion) for prompt, completion in part]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+        target = [torch.tensor([-100] * len(prompt) + completion) for prompt, completion in part]
+        target = nn.utils.rnn.pad_sequence(target, batch_first=True, padding_value=-100).to(device)
+        total = total + F.cross_entropy(model(ids[:, :-1]).flatten(0, 1).float(), target[:, 1:].flatten(), reduction="sum")
+    return total / sum(len(completion) for _, completion in pairs)
 
 
 # ---- encodings
@@ -219,7 +225,7 @@ def read_captions(path: str | Path) -> Iterator[tuple[str, str | None]]:
     path = Path(path)
     with open(path, encoding="utf-8", newline="" if path.suffix == ".csv" else None) as lines:
         if path.suffix not in (".jsonl", ".csv"):
-            yield from ((line.strip(), None) for line in lines if line.strip())
+            yield from ((" ".join(line.split()), None) for line in lines if line.strip())
             return
         rows = _json_lines(path) if path.suffix == ".jsonl" else enumerate(csv.DictReader(lines), 2)
         for number, row in rows:

@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 
 from .world import Scene, Thing, World
-from .world_words import PLACES, SIZE_WORDS, STYLES, WHEN, article, phrasing
+from .world_words import PLACES, SIZE_WORDS, STYLES, TIMELESS, WHEN, article, phrasing
 from .world_words import caption as make_caption
 
 # Ways of saying when that hand-written captions use and the world does not.
@@ -42,7 +42,7 @@ GROUPS = {"bird": "land animal", "flying animal": "land animal", "boat": "vehicl
 WORLD = World(subset="all")
 NOUNS = sorted(WORLD.nouns, key=len, reverse=True)
 NOUN = re.compile(r"\b(" + "|".join(map(re.escape, NOUNS)) + r")(?:e?s)?\b", re.IGNORECASE)
-COLOR = re.compile(r"\b(" + "|".join(WORLD.colors) + r")\b(?<!black and white)(?! and white)", re.IGNORECASE)
+COLOR = re.compile(r"\b(" + "|".join(WORLD.colors) + r"|gray)\b(?<!black and white)(?! and white)", re.IGNORECASE)
 SIZE_OF = {word: size for size, words in SIZE_WORDS.items() if size for word in words} | {"gigantic": "huge"}
 THING = re.compile(rf"(?:(?:an?|the) )?(?:(?P<size>{'|'.join(SIZE_OF)}) )?(?:(?P<color>{'|'.join(WORLD.colors)}) )?(?P<noun>.+)")
 NOUN_OF = {noun.lower(): noun for noun in NOUNS}
@@ -57,7 +57,7 @@ WHENS = _phrases({key: WHEN[key] + MORE_WHEN.get(key, []) for key in WHEN})
 MORE_WHERE = {"sea": ["over the ocean", "above the sea"], "desert": ["above the desert"], "beach": ["on a beach", "above the beach"]}
 WHERES = _phrases({place: [p for options in PLACES[place][0].values() for p in options] + MORE_WHERE.get(place, [])
                    for place in PLACES if place != "studio"})
-STUDIO = re.compile(rf"(?:on|against) a plain ({'|'.join(WORLD.colors)}) background")
+STUDIO = re.compile(r"(?:on|against) a plain (\w+) background")
 
 
 def read(caption: str) -> Scene | None:
@@ -114,7 +114,8 @@ def changes(a: Scene, b: Scene) -> list[tuple]:
         found.append(("other", None, None))
     if (a.place, a.backdrop_color) != (b.place, b.backdrop_color):
         found.append(("place", a, b))
-    if a.condition != b.condition:
+    timeless = a.place != b.place and {a.place, b.place} & set(TIMELESS) and {a.condition, b.condition} <= {"", "day"}
+    if a.condition != b.condition and not timeless:
         which = b.condition if b.condition not in ("", "day") else a.condition
         found.append(("weather" if which in ("rain", "snow", "fog") else "season" if which in ("autumn", "winter") else "time", a, b))
     if a.style != b.style:
@@ -189,8 +190,9 @@ def judge(caption: str, instruction: str, edited: str) -> tuple[str, str]:
         or colors - {t.color for t in both} - {a.backdrop_color, b.backdrop_color} \
         or kinds & {"color", "object", "add", "remove", "place"} and conditions - {a.condition, b.condition, "day"}
     verdicts = {verdict(*change) for change in found}
-    worst = next(v for v in ("wrong", "unknown", "right") if v in verdicts)
-    return "+".join(sorted(kinds)), "wrong" if foreign and worst == "right" else worst
+    if "wrong" in verdicts or "right" in verdicts and ("unknown" in verdicts or foreign):     # more was done, or asked for
+        return "+".join(sorted(kinds)), "wrong"
+    return "+".join(sorted(kinds)), verdicts.pop()
 
 
 def relexicalize(triple: dict, rng, world: World) -> dict | None:
