@@ -27,8 +27,8 @@ from ip2p import InstructPix2Pix
 from ip2p.attention import SpatialTransformer
 from ip2p.checkpoint import Parts, load_checkpoint, load_vae, save_checkpoint, save_vae
 from ip2p.clip_filter import build_clip, load_clip, normalize_pixels, save_clip
-from ip2p.edits import (EditWriter, completion_loss, make_completion, make_prompt, pack_encoding, read_triples,
-                        train_encoding)
+from ip2p.edits import EditWriter, completion_loss, make_completion, make_prompt, read_triples
+from ip2p.encodings import pack_encoding, train_encoding
 from ip2p.gpt import GPT, GPTConfig, save_gpt
 from ip2p.guidance import dropout_masks
 from ip2p.images import contact_sheet, save_image, to_images, to_pixels

@@ -1,4 +1,4 @@
-"""Writing edits: a fine-tuned GPT-2 turns a caption into an instruction and the edited caption (InstructPix2Pix, section 3.1.1).
+"""Writing edits: a fine-tuned GPT-2 turns a caption into an instruction and the edited caption (InstructPix2Pix, 3.1.1).
 
 A triple is a caption, an instruction and the edited caption; to the model it is the text
 
@@ -6,31 +6,27 @@ A triple is a caption, an instruction and the edited caption; to the model it is
 
 with the delimiters of the published data. The part up to `##` is the prompt, the rest the completion.
 """
-import base64
 import csv
 import hashlib
 import json
 import os
-import tempfile
-from collections import Counter, defaultdict
+from collections import Counter
 from itertools import count as count_from
 from pathlib import Path
 from typing import Iterable, Iterator
 
-import regex
 import tiktoken
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from .encodings import find_encoding, unpack_encoding
 from .gpt import GPT, generate, load_gpt
 from .world import World
 from .world_reader import changes, read
 
 DELIMITER_0, DELIMITER_1, STOP = "\n##\n", "\n%%\n", "\nEND"
-PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"          # how GPT-2 cuts text into words
-PUBLIC_FILES = [f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}" for name in ("encoder.json", "vocab.bpe")]
 
 
 # ---- triples as text
@@ -52,9 +48,9 @@ def parse_completion(caption: str, completion: str) -> tuple[str, str] | None:
     """(instruction, edited caption), or None: unfinished, not of two non-empty lines, or the caption is as it was."""
     text, stop, _ = completion.partition(STOP)
     parts = [part.strip() for part in text.split(DELIMITER_1)]
-    if not stop or len(parts) != 2 or not all(parts) or any("\n" in part for part in parts) or plain(parts[1]) == plain(caption):
+    if not stop or len(parts) != 2 or not all(parts) or any("\n" in part for part in parts):
         return None
-    return parts[0], parts[1]
+    return None if plain(parts[1]) == plain(caption) else (parts[0], parts[1])
 
 
 def read_triples(paths: Iterable[str | Path]) -> list[dict]:
@@ -66,10 +62,11 @@ def read_triples(paths: Iterable[str | Path]) -> list[dict]:
             triple = {"input": row.get("input", row.get("caption")), "edit": row.get("edit"), "output": row.get("output")}
             missing = [key for key, text in triple.items() if not isinstance(text, str) or not text.strip()]
             if missing:
-                raise ValueError(f"{path}:{number}: a triple needs non-empty texts 'input' (or 'caption'), 'edit' and 'output'; "
-                                 f"lacks {', '.join(missing)}")
+                raise ValueError(f"{path}:{number}: a triple needs non-empty texts 'input' (or 'caption'), 'edit' and "
+                                 f"'output'; lacks {', '.join(missing)}")
             if parse_completion(triple["input"], make_completion(triple["edit"], triple["output"])) is None:
-                raise ValueError(f"{path}:{number}: the edited caption is the caption, or a text has several lines: {triple}")
+                raise ValueError(f"{path}:{number}: the edited caption is the caption, or a text has several lines: "
+                                 f"{triple}")
             triples.append(triple)
     if not triples:
         raise ValueError(f"no triples in {', '.join(map(str, paths))}")
@@ -93,95 +90,13 @@ def completion_loss(model: GPT, pairs: list[tuple[list[int], list[int]]]) -> tor
     """Mean cross-entropy of the completions' tokens, given (prompt, completion) tokens; prompts are not learned."""
     device, total = model.wte.weight.device, 0
     pairs = sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
-    for part in filter(None, (pairs[:len(pairs) // 2], pairs[len(pairs) // 2:])):              # short ones apart: less padding
+    for part in filter(None, (pairs[:len(pairs) // 2], pairs[len(pairs) // 2:])):       # short ones apart: less padding
         rows = [torch.tensor(prompt + completion) for prompt, completion in part]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
         target = [torch.tensor([-100] * len(prompt) + completion) for prompt, completion in part]
         target = nn.utils.rnn.pad_sequence(target, batch_first=True, padding_value=-100).to(device)
         total = total + F.cross_entropy(model(ids[:, :-1]).flatten(0, 1).float(), target[:, 1:].flatten(), reduction="sum")
     return total / sum(len(completion) for _, completion in pairs)
-
-
-# ---- encodings
-
-def train_encoding(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
-    """Byte-level BPE (Sennrich et al. 2016, Radford et al. 2019) of at most `vocab_size` tokens: from single bytes, again and
-    again the most frequent neighbours within words become one. Ties go to the smaller pair, so the result is a function of the texts."""
-    counts = Counter(word for text in texts for word in regex.findall(PATTERN, text))
-    words = [([bytes([b]) for b in word.encode()], n) for word, n in sorted(counts.items())]
-    ranks, pairs, homes = {bytes([b]): b for b in range(256)}, Counter(), defaultdict(set)       # homes: words that hold a pair
-
-    def tally(number, sign):
-        parts, n = words[number]
-        for pair in zip(parts, parts[1:]):
-            pairs[pair] += sign * n
-            homes[pair].add(number)
-
-    for number in range(len(words)):
-        tally(number, 1)
-    while len(ranks) < vocab_size:
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)
-        if best is None or not pairs[best]:
-            break
-        ranks[best[0] + best[1]] = len(ranks)
-        for number in homes.pop(best):
-            tally(number, -1)
-            parts, i = words[number][0], 0
-            while i < len(parts) - 1:
-                if (parts[i], parts[i + 1]) == best:
-                    parts[i:i + 2] = [best[0] + best[1]]
-                i += 1
-            tally(number, 1)
-        pairs = +pairs                                  # drop those that are no more
-    return _encoding(ranks)
-
-
-def _encoding(ranks: dict[bytes, int], special: dict[str, int] | None = None) -> tiktoken.Encoding:
-    return tiktoken.Encoding("ip2p", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special or {})
-
-
-def gpt2_encoding(vocab: str | Path, merges: str | Path) -> tiktoken.Encoding:
-    """The encoding of a `vocab.json` and a `merges.txt` as OpenAI published them (there `encoder.json`, `vocab.bpe`).
-    Raises ValueError if they do not belong together."""
-    ids = json.loads(Path(vocab).read_text("utf-8"))
-    # Printable bytes stand for themselves, the others, in order, for the letters from 256 on.
-    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in printable)}
-    lines = Path(merges).read_text("utf-8").split("\n")
-    merged = ["".join(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    special = {word: i for word, i in ids.items() if word.startswith("<|")}
-    order = [ids.get(word, -1) for word in merged]
-    # tiktoken merges by the number of the result: it must rise with the line
-    if order != sorted(set(order)) or set(ids) - set(special) != set(byte_of) | set(merged):
-        raise ValueError(f"{vocab} and {merges} do not belong together")
-    return _encoding({bytes(byte_of[c] for c in word): i for word, i in ids.items() if word not in special}, special)
-
-
-def find_encoding(weights: Path) -> tiktoken.Encoding:
-    """The encoding for public GPT-2 weights: of vocab.json and merges.txt beside them, or else in tiktoken's cache. It does
-    not look on the network; ValueError says what to do."""
-    cache = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
-                 or Path(tempfile.gettempdir()) / "data-gym-cache")
-    for files in ([weights.parent / name for name in ("vocab.json", "merges.txt")],
-                  [cache / hashlib.sha1(url.encode()).hexdigest() for url in PUBLIC_FILES]):
-        if all(file.exists() for file in files):
-            return gpt2_encoding(*files)
-    raise ValueError(f"no encoding for {weights}: put GPT-2's vocab.json and merges.txt beside it, or fill tiktoken's cache "
-                     f"({cache}) by tiktoken.get_encoding('gpt2')")
-
-
-def pack_encoding(encoding: tiktoken.Encoding) -> dict:
-    """What a model file's record says of its encoding."""
-    tokens = {encoding.encode_single_token(t): t for t in encoding.token_byte_values()}
-    special = {text: encoding.encode_single_token(text) for text in encoding.special_tokens_set}
-    first = min(set(range(len(tokens))) - set(tokens), default=len(tokens))
-    assert first == len(tokens), "tokens are numbered without gaps, special ones last"
-    return dict(pattern=PATTERN, tokens=" ".join(base64.b64encode(tokens[i]).decode() for i in range(len(tokens))), special=special)
-
-
-def unpack_encoding(record: dict) -> tiktoken.Encoding:
-    tokens = [base64.b64decode(token) for token in record["tokens"].split(" ")]
-    return _encoding({token: i for i, token in enumerate(tokens)}, record["special"])
 
 
 # ---- writing
@@ -194,15 +109,15 @@ class EditWriter:
 
     @classmethod
     def load(cls, path: str | Path, device=None) -> "EditWriter":
-        """From a file that `save_gpt` wrote, or public GPT-2 weights (`find_encoding`). Raises ValueError naming the file."""
+        """From a file that `save_gpt` wrote, or public GPT-2 weights (`find_encoding`). ValueError names the file."""
         model, record = load_gpt(path, device)
         encoding = unpack_encoding(record["encoding"]) if "encoding" in record else find_encoding(Path(path))
         if encoding.n_vocab > model.config.vocab_size:
             raise ValueError(f"{path} has {model.config.vocab_size} tokens, its encoding {encoding.n_vocab}")
         return cls(model, encoding, record)
 
-    def complete(self, caption: str, seed: int, *, temperature: float = 0.7, top_p: float = 1.0, frequency_penalty: float = 0.1,
-                 max_tokens: int = 256) -> str:
+    def complete(self, caption: str, seed: int, *, temperature: float = 0.7, top_p: float = 1.0,
+                 frequency_penalty: float = 0.1, max_tokens: int = 256) -> str:
         """The model's text for a caption, "" if the caption fills the context. The caption itself is part of the seed: its
         edit depends on no other caption."""
         digest = hashlib.blake2b(f"{seed}\n{caption}".encode(), digest_size=8).digest()
@@ -251,8 +166,8 @@ def generate_edits(writer: EditWriter, captions: Iterable[tuple[str, str | None]
     """
     path, rejected = Path(path), rejected_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    settings = dict(seed=seed, model=hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in writer.model.parameters()))
-                    .hexdigest()[:16], **sampling)
+    weights = hashlib.sha256(b"".join(p.detach().float().cpu().numpy().tobytes() for p in writer.model.parameters()))
+    settings = dict(seed=seed, model=weights.hexdigest()[:16], **sampling)
     for file in (path, rejected):
         _cut_torn_line(file)
     if path.stat().st_size and not rejected.stat().st_size:

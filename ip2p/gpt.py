@@ -156,7 +156,8 @@ def load_gpt(path: str | Path, device=None, dtype=None) -> tuple[GPT, dict]:
     """
     tensors, record = read_state_dict(path)
     tensors = {name.removeprefix("transformer."): t for name, t in tensors.items()}
-    tensors = {name: t for name, t in tensors.items() if not name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight"))}
+    unused = (".attn.bias", ".attn.masked_bias", "lm_head.weight")              # masks; and wte.weight once more
+    tensors = {name: t for name, t in tensors.items() if not name.endswith(unused)}
     try:
         (vocab_size, width), context_length = tensors["wte.weight"].shape, len(tensors["wpe.weight"])
     except KeyError as error:

@@ -1,17 +1,20 @@
-"""Reads the miniature world's English back: captions into scenes, and an edit into what it changed and whether it was told to.
+"""Reads the miniature world's English back: a caption into its scene, an edit into what it changed and was told to change.
 
-It stands where a person would judge the language model's edits. What it cannot read it says so, and never guesses.
+It stands in for a person who judges the language model's edits; what it cannot read, it does not guess at. It also puts
+hand-written edits in other words of the world.
 """
 import re
 from dataclasses import replace
 
-from .world import Scene, Thing, World
+from .world import CONDITIONS, Scene, Thing, World
 from .world_words import PLACES, SIZE_WORDS, STYLES, TIMELESS, WHEN, article, phrasing
 from .world_words import caption as make_caption
 
 # Ways of saying when that hand-written captions use and the world does not.
-MORE_WHEN = {"day": ["in summer", "on a sunny day", "at noon", "at midday"], "dawn": ["at daybreak"], "night": ["after dark"],
-             "sunset": ["at dusk"], "rain": ["in heavy rain"], "fog": ["in the mist"], "snow": ["in the snow"]}
+MORE_WHEN = {"day": ["in summer", "on a sunny day", "at noon", "at midday"], "dawn": ["at daybreak"], "sunset": ["at dusk"],
+             "night": ["after dark"], "rain": ["in heavy rain"], "fog": ["in the mist"], "snow": ["in the snow"]}
+MORE_WHERE = {"sea": ["over the ocean", "above the sea"], "desert": ["above the desert"],
+              "beach": ["on a beach", "above the beach"]}
 OPENINGS = r"^(an? )?(photo|picture|image) of |^(there is|there's|here we see) "
 JOINTS = r" and | next to | beside | with | by "
 
@@ -22,18 +25,22 @@ CONDITION_CUES = {
     "rain": r"rain|pour|drizzl|wet|shower|storm", "snow": r"snow|flake|blizzard", "fog": r"fog|mist|haz[ey]|visib",
     "autumn": r"autumn|fall\b|october|november|leaves", "winter": r"winter|january|december|frost|snow"}
 CLEARING = (r"\b(clear|sun|sunny|sunshine|dry|fair|summer|summertime|warm|july|june|defrost|thaw|day|blue sk|green again)"
-            r"|\b(no|not|stop|end|remove|away|off|without|lift|melt|gone|rid|cut|burn|quit|let up|undo|lose|out|enough|take)\b")
-STYLE_CUES = {"pencil sketch": r"pencil|sketch|graphite|drawn|drawing|draw (it|this)", "oil painting": r"\boils?\b|oil paint", "watercolor": r"water ?colou?r",
-              "pixel art": r"pixel|8-bit|video game", "black and white photo": r"black and white|monochrome|gr[ae]y ?scale"}
+            r"|\b(no|not|stop|end|remove|away|off|without|lift|melt|gone|rid|cut|burn|quit|let up|undo|lose|out|enough|take)"
+            r"\b")
+STYLE_CUES = {"pencil sketch": r"pencil|sketch|graphite|drawn|drawing|draw (it|this)",
+              "oil painting": r"\boils?\b|oil paint", "watercolor": r"water ?colou?r", "pixel art": r"pixel|8-bit|video game",
+              "black and white photo": r"black and white|monochrome|gr[ae]y ?scale"}
 PLAIN_CUES = r"photo|real|undo|remove|\bno\b|lose|off|back|restore|colou?r|normal|ordinary|plain|enough|strip|away"
 SIZE_CUES = {"tiny": r"tiny|small|little|shr[iu]nk|mini|reduce|minuscule|teeny",
-             "huge": r"huge|giant|\bbig|gigantic|enormous|enlarge|grow|larger|magnif|scale up|blow|supersize|massive|monster|ten times"}
+             "huge": r"huge|giant|\bbig|gigantic|enormous|enlarge|grow|larger|magnif|scale up|blow|supersize|massive|monster"
+                     r"|ten times"}
 OWN_CUES = r"normal|usual|regular|natural|own|original|ordinary|everyday|real|full|back|remove|\bno\b|undo"
 KEEPING = r"\b(only|just|keep|keeps|stay|stays|alone|solo|leave (?!$))\b"
 TAKING = r"\b(remove|delete|erase|drop|take|lose|away|without|disappear|rid|no|gone|cut|hide|out|vanish|leaves?)\b"
 PLACE_CUES = {                                       # the more particular first
-    "snowfield": r"snowy field|snow field", "underwater": r"underwater|sea ?floor|under the sea|bottom of the sea|ocean floor",
-    "studio": r"studio|background", "meadow": r"meadow|field", "forest": r"forest|woods", "mountains": r"mountain", "lake": r"\blake",
+    "snowfield": r"snowy field|snow field", "studio": r"studio|background",
+    "underwater": r"underwater|sea ?floor|under the sea|bottom of the sea|ocean floor",
+    "meadow": r"meadow|field", "forest": r"forest|woods", "mountains": r"mountain", "lake": r"\blake",
     "garden": r"garden", "farm": r"farm", "road": r"\broad", "beach": r"beach|seaside|\bsand|shore", "sea": r"\bsea\b|ocean",
     "desert": r"desert", "city": r"\bcity|\btown|street", "room": r"room|at home|indoors|inside", "table": r"\btable",
     "space": r"\bspace", "moon": r"the moon\b"}
@@ -44,7 +51,7 @@ NOUNS = sorted(WORLD.nouns, key=len, reverse=True)
 NOUN = re.compile(r"\b(" + "|".join(map(re.escape, NOUNS)) + r")(?:e?s)?\b", re.IGNORECASE)
 COLOR = re.compile(r"\b(" + "|".join(WORLD.colors) + r"|gray)\b(?<!black and white)(?! and white)", re.IGNORECASE)
 SIZE_OF = {word: size for size, words in SIZE_WORDS.items() if size for word in words} | {"gigantic": "huge"}
-THING = re.compile(rf"(?:(?:an?|the) )?(?:(?P<size>{'|'.join(SIZE_OF)}) )?(?:(?P<color>{'|'.join(WORLD.colors)}) )?(?P<noun>.+)")
+THING = re.compile(rf"((an?|the) )?((?P<size>{'|'.join(SIZE_OF)}) )?((?P<color>{'|'.join(WORLD.colors)}) )?(?P<noun>.+)")
 NOUN_OF = {noun.lower(): noun for noun in NOUNS}
 
 
@@ -54,7 +61,6 @@ def _phrases(table):
 
 
 WHENS = _phrases({key: WHEN[key] + MORE_WHEN.get(key, []) for key in WHEN})
-MORE_WHERE = {"sea": ["over the ocean", "above the sea"], "desert": ["above the desert"], "beach": ["on a beach", "above the beach"]}
 WHERES = _phrases({place: [p for options in PLACES[place][0].values() for p in options] + MORE_WHERE.get(place, [])
                    for place in PLACES if place != "studio"})
 STUDIO = re.compile(r"(?:on|against) a plain (\w+) background")
@@ -72,15 +78,12 @@ def read(caption: str) -> Scene | None:
     text = re.sub(OPENINGS, "", text)
     found = []
     for phrases in (WHENS, WHERES):
-        hit = None
-        for words, key in phrases:
-            # "in the snow" is a place where nothing else is
-            if words == "in the snow" and phrases is WHENS and not any(re.search(rf"\b{w}\b", text) for w, _ in WHERES if w != words):
-                continue
-            if re.search(rf"\b{words}\b", text):
-                hit, text = key, re.sub(rf"\b{words}\b", "|", text, count=1)
-                break
-        found.append(hit or "")
+        said = [(words, key) for words, key in phrases if re.search(rf"\b{words}\b", text)]
+        if not any(re.search(rf"\b{words}\b", text) for words, _ in WHERES if words != "in the snow"):
+            said = [pair for pair in said if pair != ("in the snow", "snow")]          # then that is the place
+        words, key = said[0] if said else ("", "")
+        text = re.sub(rf"\b{words}\b", "|", text, count=1) if said else text
+        found.append(key)
     condition, place = found
     color, studio = "", STUDIO.search(text)
     if not place and studio:
@@ -98,7 +101,8 @@ def read(caption: str) -> Scene | None:
 
 
 def changes(a: Scene, b: Scene) -> list[tuple]:
-    """What is different: (kind, old, new), with Things for what concerns them and Scenes for the rest. "other" is a kind too."""
+    """What is different: (kind, old, new), of Things where one is concerned, else of Scenes; kind: one of ip2p.world.KINDS,
+    or "other"."""
     found, x, y = [], a.things, b.things
     if len(x) == len(y):
         for old, new in zip(x, y):
@@ -117,7 +121,7 @@ def changes(a: Scene, b: Scene) -> list[tuple]:
     timeless = a.place != b.place and {a.place, b.place} & set(TIMELESS) and {a.condition, b.condition} <= {"", "day"}
     if a.condition != b.condition and not timeless:
         which = b.condition if b.condition not in ("", "day") else a.condition
-        found.append(("weather" if which in ("rain", "snow", "fog") else "season" if which in ("autumn", "winter") else "time", a, b))
+        found.append((next((kind for kind in ("weather", "season") if which in CONDITIONS[kind][1:]), "time"), a, b))
     if a.style != b.style:
         found.append(("style", a, b))
     return found
@@ -177,7 +181,7 @@ def judge(caption: str, instruction: str, edited: str) -> tuple[str, str]:
             if b.style:
                 return "right" if b.style in styles else "wrong" if styles else "unknown"
             return "right" if re.search(PLAIN_CUES, text) else "unknown"
-        if kind in ("time", "weather", "season"):
+        if kind in CONDITIONS:
             if b.condition in conditions:
                 return "right"
             if b.condition in ("", "day"):
@@ -243,7 +247,7 @@ def relexicalize(triple: dict, rng, world: World) -> dict | None:
                 break
     if a.place not in places and homes:
         where[a.place] = rng.choice(homes)
-    if not kinds & {"time", "weather", "season"} and not any(re.search(cue, edit.lower()) for cue in CONDITION_CUES.values()):
+    if not kinds & set(CONDITIONS) and not any(re.search(cue, edit.lower()) for cue in CONDITION_CUES.values()):
         possible = [c for c in world.places.get(where[a.place], ["day"]) if c in world.places.get(where[b.place], ["day"])]
         when = dict.fromkeys(when, rng.choice(possible) if possible and rng.random() < .75 else "day")
     style = rng.choice(list(STYLES)) if "style" not in kinds and not a.style and rng.random() < .08 else ""

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ip2p.edits import (DELIMITER_0, DELIMITER_1, STOP, EditWriter, completion_loss, edit_kind, find_encoding, generate_edits,
-                        gpt2_encoding, make_completion, make_prompt, pack_encoding, parse_completion, read_captions,
-                        read_triples, rejected_path, train_encoding, unpack_encoding, world_captions)
+from ip2p.edits import (DELIMITER_0, DELIMITER_1, STOP, EditWriter, completion_loss, edit_kind, generate_edits,
+                        make_completion, make_prompt, parse_completion, read_captions, read_triples, rejected_path,
+                        world_captions)
+from ip2p.encodings import find_encoding, gpt2_encoding, pack_encoding, train_encoding, unpack_encoding
 from ip2p.gpt import GPT, GPTConfig
 from ip2p.text import import_open_clip
 from ip2p.world import World
@@ -17,7 +18,8 @@ from ip2p.world_reader import judge
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "weights" / "mini-gpt.safetensors"
-UNICODE = ["a fox at night", "  two  spaces\n\n##\nEND", "naïve café, 日本語, émoji 🦊🏽", "\x00\x7f\tøre’s don't 1234", "\U0010ffff"]
+UNICODE = ["a fox at night", "  two  spaces\n\n##\nEND", "naïve café, 日本語, émoji 🦊🏽",
+           "\x00\x7f\tøre’s don't 1234", "\U0010ffff"]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,8 @@ def tiny(encoding, seed=0):
 def test_delimiters_are_the_published_ones():
     """timothybrooks/instruct-pix2pix, dataset_creation/generate_txt_dataset.py."""
     assert (DELIMITER_0, DELIMITER_1, STOP) == ("\n##\n", "\n%%\n", "\nEND")
-    assert make_prompt("a fox") + make_completion("make it night", "a fox at night") == "a fox\n##\nmake it night\n%%\na fox at night\nEND"
+    text = make_prompt("a fox") + make_completion("make it night", "a fox at night")
+    assert text == "a fox\n##\nmake it night\n%%\na fox at night\nEND"
 
 
 @pytest.mark.parametrize("completion, expected", [
@@ -117,10 +120,11 @@ def test_any_text_survives_encoding_and_storing(encoding, text):
 
 @pytest.fixture(scope="module")
 def public_files(tmp_path_factory):
-    """A made-up vocab.json and merges.txt in GPT-2's form: bytes, ten merges, in an order that learning could have given, and
-    the end-of-text token."""
+    """A made-up vocab.json and merges.txt in GPT-2's form: bytes, ten merges, in an order that learning could have given,
+    and the end-of-text token."""
     from tokenizers.pre_tokenizers import ByteLevel
-    letters, merges = sorted(ByteLevel.alphabet()), ["a t", "Ġ f", "o x", "at i", "ati n", "Ġf ox", "i n", "Ã ©", "Ġ Ġ", "Ċ Ċ"]
+    letters = sorted(ByteLevel.alphabet())
+    merges = ["a t", "Ġ f", "o x", "at i", "ati n", "Ġf ox", "i n", "Ã ©", "Ġ Ġ", "Ċ Ċ"]
     words = letters + ["".join(m.split()) for m in merges] + ["<|endoftext|>"]
     folder = tmp_path_factory.mktemp("gpt2")
     (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}), "utf-8")
@@ -206,7 +210,8 @@ def test_a_killed_run_goes_on_to_the_files_of_one_that_was_not(encoding, tmp_pat
     last.write_bytes(last.read_bytes()[:-torn or None])
     writer.asked = []
     assert generate_edits(writer, CAPTIONS, parts) == expected
-    assert parts.read_bytes() == whole.read_bytes() and rejected_path(parts).read_bytes() == rejected_path(whole).read_bytes()
+    assert parts.read_bytes() == whole.read_bytes()
+    assert rejected_path(parts).read_bytes() == rejected_path(whole).read_bytes()
     assert writer.asked == [caption for caption, _ in CAPTIONS[stopped - (torn > 0):]]           # nothing is tried twice
 
 
@@ -220,8 +225,9 @@ def test_count_ends_an_endless_source_and_more_can_be_asked_for(encoding, tmp_pa
 
 def test_edits_of_another_seed_or_model_are_not_mixed(encoding, tmp_path):
     path = tmp_path / "edits.jsonl"
-    generate_edits(Scripted(tiny(encoding).model, encoding), CAPTIONS[:3], path)
-    for writer, seed in ((Scripted(tiny(encoding).model, encoding), 1), (Scripted(tiny(encoding, seed=1).model, encoding), 0)):
+    one, other = (Scripted(tiny(encoding, seed).model, encoding) for seed in (0, 1))
+    generate_edits(one, CAPTIONS[:3], path)
+    for writer, seed in ((one, 1), (other, 0)):
         with pytest.raises(ValueError, match="begun with other settings"):
             generate_edits(writer, CAPTIONS, path, seed=seed)
     rejected_path(path).unlink()
@@ -254,7 +260,8 @@ def test_the_stage_writes_a_model_that_opens_and_can_be_trained_further(tmp_path
     assert result.returncode == 0, result.stderr
     file = tmp_path / "a" / "mini-gpt.safetensors"
     record = EditWriter.load(file).record
-    assert record["steps"] == 4 and record["triples"] == 700 and set(record["scores"]) == {"train", "combinations", "phrasings"}
+    assert record["steps"] == 4 and record["triples"] == 700
+    assert set(record["scores"]) == {"train", "combinations", "phrasings"}
     few = tmp_path / "few.jsonl"
     few.write_text('{"caption": "a fox", "edit": "make it night", "output": "a fox at night"}\n')
     result = train("--out", tmp_path / "b", "--steps", 2, "--base", file, "--triples", few)
@@ -262,8 +269,8 @@ def test_the_stage_writes_a_model_that_opens_and_can_be_trained_further(tmp_path
     assert EditWriter.load(tmp_path / "b" / "mini-gpt.safetensors").record["triples"] == 1
     few.write_text('{"caption": "a fox"}\n')
     result = train("--out", tmp_path / "b", "--steps", 2, "--base", file, "--triples", few)
-    assert result.returncode == 2 and result.stderr.strip() == f"train.py: {few}:1: a triple needs non-empty texts 'input' " \
-        "(or 'caption'), 'edit' and 'output'; lacks edit, output"
+    assert result.returncode == 2 and result.stderr.startswith(f"train.py: {few}:1: a triple needs non-empty texts 'input'")
+    assert result.stderr.endswith("lacks edit, output\n") and result.stderr.count("\n") == 1
 
 
 @pytest.mark.skipif(not SHIPPED.exists(), reason="no shipped language model")

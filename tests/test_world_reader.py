@@ -20,7 +20,8 @@ def test_captions_read_back_as_their_scenes(subset, split):
     for i in range(200):
         scene, caption = world.caption(31, i, split)
         found = read(caption)
-        assert found and (found.place, found.style, found.backdrop_color) == (scene.place, scene.style, scene.backdrop_color), caption
+        assert found and (found.place, found.style) == (scene.place, scene.style), caption
+        assert found.backdrop_color == scene.backdrop_color, caption
         assert found.condition in (scene.condition, ""), caption
         assert [(t.noun, t.size) for t in found.things] == [(t.noun, t.size) for t in scene.things], caption
         assert all(t.color in (s.color, "") for t, s in zip(found.things, scene.things)), caption
@@ -78,4 +79,4 @@ def test_relexicalized_triples_are_new_keep_to_the_worlds_words_and_hold_nothing
             assert not any(is_held_out(t.noun, s.place, t.color) for s in (a, b) for t in s.things
                            if t.noun in world.nouns and s.place in world.places and s.place in world.homes[t.noun]), new
     assert len(made) >= 200
-    assert sum(new["edit"] in {t["edit"] for t in TRIPLES} for new in made) < 0.6 * len(made)      # many name other things now
+    assert sum(new["edit"] in {t["edit"] for t in TRIPLES} for new in made) < 0.6 * len(made)      # many name other things
