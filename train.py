@@ -17,6 +17,7 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import date
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from ip2p import InstructPix2Pix
 from ip2p.attention import SpatialTransformer
 from ip2p.checkpoint import Parts, load_checkpoint, load_vae, save_checkpoint, save_vae
 from ip2p.clip_filter import build_clip, load_clip, normalize_pixels, save_clip
+from ip2p.data import PairedDataset
 from ip2p.edits import EditWriter, completion_loss, make_completion, make_prompt, read_triples
 from ip2p.encodings import pack_encoding, train_encoding
 from ip2p.gpt import GPT, GPTConfig, save_gpt
@@ -230,17 +232,24 @@ def train_base(args, world):
 
 
 def train_edit(args, world):
-    """The editor: the base widened by image latents, conditionings dropped at random, on the world's true pairs."""
+    """The editor: the base widened by image latents, conditionings dropped at random, on the world's true pairs or on those
+    that `make_data.py` drew."""
     base = load_checkpoint(args.base, in_channels=2 * load_vae(args.base).config.z_channels)
     unet, vae, text = base.unet.requires_grad_(True), base.vae, base.text.requires_grad_(True)
     model = nn.ModuleDict(dict(unet=unet, text=text)).to(args.device, memory_format=args.layout)
     vae.to(args.device)
     tokenizer = Tokenizer(text.config)
+    drawn = open_pairs(args.data, base.image_size, args.seed) if args.data else None
 
     def draw(start, count, split="train"):
-        before, after, edits = world.pairs(args.seed + 3, start, count, split)
+        if drawn and split == "train":
+            before, after, instructions = zip(*map(drawn, range(start, start + count)))
+            before, after = torch.stack(before).to(args.device), torch.stack(after).to(args.device)
+        else:
+            before, after, edits = world.pairs(args.seed + 3, start, count, split)
+            instructions = [e.instruction for e in edits]
         x0 = encode(vae, after, args) * vae.config.scale_factor
-        return encode(vae, before, args), x0, [e.instruction for e in edits]      # image latents are not scaled
+        return encode(vae, before, args), x0, list(instructions)                  # image latents are not scaled
 
     pool = Pool(draw, args)
 
@@ -279,6 +288,15 @@ def train_edit(args, world):
     save_checkpoint(editor.parts, args.out / "mini-ip2p.safetensors", metadata=record, dtype=torch.float16,
                     shared={"vae": args.base.name} if together else None)
     return record
+
+
+def open_pairs(path, size, seed):
+    """The training pairs of a data set as a function of their number, epoch after epoch, at a side of `size`."""
+    pairs = PairedDataset(path, min_resize_res=size, max_resize_res=size, crop_res=size, seed=seed)
+    if not len(pairs):
+        raise ValueError(f"{path}: a tenth of the prompts is held back, and of {len(pairs.pairs)} that leaves none")
+    order = lru_cache(2)(pairs.order)
+    return lambda n: pairs.example(n // len(pairs), order(n // len(pairs))[n % len(pairs)])
 
 
 def score_edits(editor, world, args):
@@ -354,7 +372,7 @@ def train_edits(args, world):
             return (captions_loss if step < first else triples_loss)(step), {}
 
     record = run(args, model, loss_fn)
-    record |= dict(triples=len(triples), verbatim=bool(args.verbatim or args.base), pretrain_steps=first,
+    record |= dict(triples=len(triples), verbatim=not readable, pretrain_steps=first,
                    scores=score_writer(writer, world, args), encoding=pack_encoding(encoding))
     save_gpt(model, args.out / "mini-gpt.safetensors", record, dtype=torch.float16)
     return {k: v for k, v in record.items() if k != "encoding"}
@@ -403,7 +421,7 @@ def run(args, module, loss_fn, sheet=None):
     result = fit(module, loss_fn, args.out / args.stage, steps=args.steps, minutes=args.minutes, lr=args.lr,
                  optimizer=args.optimizer, warmup=args.warmup, cooldown=args.cooldown, ema_decay=args.ema_decay,
                  sheet_minutes=args.sheet_minutes, sheet=sheet, config=settings)
-    return dict(stage=args.stage, data=f"ip2p.world, {args.subset}", steps=result["step"], batch_size=args.batch_size,
+    return dict(stage=args.stage, data=Path(args.data).name if args.data else f"ip2p.world, {args.subset}", steps=result["step"], batch_size=args.batch_size,
                 minutes=round(result["seconds"] / 60, 1), finished=result["finished"], commit=commit(),
                 date=str(date.today()))
 
@@ -479,6 +497,8 @@ if __name__ == "__main__":
     parser.add_argument("--pretrain-steps", type=int, help="edits: how many of the steps go to captions, before the triples "
                         "(default: 300; none with --base)")
     parser.add_argument("--verbatim", action="store_true", default=None, help="edits: learn the triples only as they are written")
+    parser.add_argument("--data", help="edit: a data set, as make_data.py writes it or in any layout that ip2p/data.py "
+                        "reads (default: the world's true pairs)")
     parser.add_argument("--init", type=Path, help="base: the text-to-image checkpoint to train further, made with the same autoencoder")
     parser.add_argument("--cfg-text", type=float, default=3.0, help="text guidance of sheets and scores, kept as the model's "
                         "own default (default: %(default)s)")

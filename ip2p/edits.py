@@ -162,7 +162,8 @@ def generate_edits(writer: EditWriter, captions: Iterable[tuple[str, str | None]
     captions: (caption, url or None); what repeats a caption or a url is passed over. Completions that are no edit go to
     `path` with the suffix .rejected.jsonl, so that both files together say what was tried: repeated after any kind of
     end, it goes on, and leaves the files of an uninterrupted run. sampling: as for `EditWriter.complete`. Returns
-    `report`'s dict. Raises ValueError if the files were begun with another seed, model or sampling.
+    `report`'s dict. Raises ValueError if the files were begun with another seed, model or sampling, or if none of the
+    first 500 completions is an edit.
     """
     path, rejected = Path(path), rejected_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -175,14 +176,14 @@ def generate_edits(writer: EditWriter, captions: Iterable[tuple[str, str | None]
     with open(path, "a", encoding="utf-8") as kept, open(rejected, "a", encoding="utf-8") as others:
         if not others.tell():
             print(json.dumps({"settings": settings}), file=others, flush=True)
-        seen, accepted = set(), 0
+        seen, accepted, tried = set(), 0, 0
         for file in (path, rejected):
             for _, row in _json_lines(file):
                 if row.get("settings", settings) != settings:
                     raise ValueError(f"{path} was begun with other settings: {row['settings']}, now {settings}")
                 if "caption" in row:
                     seen.update(_keys(row["caption"], row.get("url")))
-                    accepted += file == path
+                    accepted, tried = accepted + (file == path), tried + 1
         with tqdm(total=count, initial=accepted, desc="edits", dynamic_ncols=True, mininterval=1) as bar:
             for caption, url in captions:
                 if count is not None and accepted >= count:
@@ -191,6 +192,7 @@ def generate_edits(writer: EditWriter, captions: Iterable[tuple[str, str | None]
                 if keys & seen:
                     continue
                 seen |= keys
+                tried += 1
                 completion = writer.complete(caption, seed, **sampling)
                 edit = parse_completion(caption, completion)
                 if edit:
@@ -201,6 +203,9 @@ def generate_edits(writer: EditWriter, captions: Iterable[tuple[str, str | None]
                 else:
                     row = dict(caption=caption, completion=completion, url=url)
                     print(json.dumps(row, ensure_ascii=False), file=others, flush=True)
+                    if not accepted and tried >= 500:
+                        raise ValueError(f"of {tried} completions none is an edit; the last: {completion[:60]!r}; was this model "
+                                         f"fine-tuned on triples?")
     return report(path)
 
 

@@ -23,8 +23,8 @@ CONDITION_CUES = {
     "day": r"\bday\b|day(time|light)|noon|midday|bright|\blights\b", "sunset": r"sunset|evening|sundown|dusk|sun going down",
     "dawn": r"dawn|sunrise|day ?break|morning|first light|sun (is )?(just )?coming up", "night": r"night|dark|moon|stars",
     "rain": r"rain|pour|drizzl|wet|shower|storm", "snow": r"snow|flake|blizzard", "fog": r"fog|mist|haz[ey]|visib",
-    "autumn": r"autumn|fall\b|october|november|leaves", "winter": r"winter|january|december|frost|snow"}
-CLEARING = (r"\b(clear|sun|sunny|sunshine|dry|fair|summer|summertime|warm|july|june|defrost|thaw|day|blue sk|green again)"
+    "autumn": r"autumn|\bfall\b|october|november|leaves", "winter": r"winter|january|december|frost|snow"}
+CLEARING = (r"\b(clear|sun\b|sunny|sunshine|dry|fair|summer|summertime|warm|july|june|defrost|thaw|day|blue sk|green again)"
             r"|\b(no|not|stop|end|remove|away|off|without|lift|melt|gone|rid|cut|burn|quit|let up|undo|lose|out|enough|take)"
             r"\b")
 STYLE_CUES = {"pencil sketch": r"pencil|sketch|graphite|drawn|drawing|draw (it|this)",
@@ -148,6 +148,10 @@ def judge(caption: str, instruction: str, edited: str) -> tuple[str, str]:
     if "watercolor" in styles:
         text = re.sub(STYLE_CUES["watercolor"], " ", text)
     conditions = {c for c, cue in CONDITION_CUES.items() if re.search(cue, text)}
+    if "winter" in (a.condition, b.condition):
+        conditions -= {"snow"}                                  # "a snowy winter"
+    elif "snow" in (a.condition, b.condition):
+        conditions -= {"winter"}
     sizes = {size for size, cue in SIZE_CUES.items() if re.search(cue, text)}
     both = a.things + b.things
     said = lambda thing: thing.noun in nouns or bool(re.search(rf"\b{thing.noun.split()[-1].lower()}", instruction.lower()))
@@ -182,11 +186,10 @@ def judge(caption: str, instruction: str, edited: str) -> tuple[str, str]:
                 return "right" if b.style in styles else "wrong" if styles else "unknown"
             return "right" if re.search(PLAIN_CUES, text) else "unknown"
         if kind in CONDITIONS:
-            if b.condition in conditions:
-                return "right"
-            if b.condition in ("", "day"):
-                return "right" if re.search(CLEARING, text) else "wrong" if conditions - {a.condition} else "unknown"
-            return "wrong" if conditions - {a.condition} else "unknown"
+            if conditions - {a.condition, b.condition, "day"}:
+                return "wrong"
+            asked = b.condition in conditions or b.condition in ("", "day") and re.search(CLEARING, text)
+            return "right" if asked else "wrong" if conditions - {a.condition} else "unknown"
         return "wrong"
 
     kinds = {kind for kind, _, _ in found}

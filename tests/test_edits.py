@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -92,14 +93,14 @@ def test_captions_are_read_from_every_kind_of_file(tmp_path, name, text):
 def test_loss_is_the_cross_entropy_of_the_completion_alone(encoding):
     """By hand: minus the log of each completion token's softmax, summed over both rows, over the number of such tokens."""
     model = tiny(encoding).model
-    pairs, total, count = [([5, 9, 2], [7, 1]), ([3], [8, 8, 4, 6])], 0.0, 0
+    pairs, total, tokens = [([5, 9, 2], [7, 1]), ([3], [8, 8, 4, 6])], 0.0, 0
     for prompt, completion in pairs:
         logits = model(torch.tensor([prompt + completion]))[0]
         for k, token in enumerate(completion):
             row = logits[len(prompt) + k - 1]
             total += float(row.exp().sum().log() - row[token])
-            count += 1
-    assert completion_loss(model, pairs).item() == pytest.approx(total / count, rel=1e-5)
+            tokens += 1
+    assert completion_loss(model, pairs).item() == pytest.approx(total / tokens, rel=1e-5)
 
 
 # ---- encodings
@@ -221,6 +222,12 @@ def test_count_ends_an_endless_source_and_more_can_be_asked_for(encoding, tmp_pa
     assert generate_edits(writer, endless(), tmp_path / "edits.jsonl", count=7)["accepted"] == 7
     assert generate_edits(writer, endless(), tmp_path / "at-once.jsonl", count=7)["accepted"] == 7
     assert (tmp_path / "edits.jsonl").read_bytes() == (tmp_path / "at-once.jsonl").read_bytes()
+
+
+def test_a_model_that_writes_no_edits_is_noticed(encoding, tmp_path):
+    with pytest.raises(ValueError, match="of 500 completions none is an edit; the last: 'no'"):
+        endless = ((f"bad {i}", None) for i in count())
+        generate_edits(Scripted(tiny(encoding).model, encoding), endless, tmp_path / "edits.jsonl", count=1)
 
 
 def test_edits_of_another_seed_or_model_are_not_mixed(encoding, tmp_path):
