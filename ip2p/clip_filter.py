@@ -6,6 +6,7 @@ pictures. The published thresholds are for OpenAI's ViT-L/14; `calibrate` finds 
 """
 import json
 import logging
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -140,9 +141,9 @@ class Thresholds:
         return cls() if is_named(clip) else cls(**read_state_dict(clip)[1].get("thresholds", {}))
 
     def passed_by(self, scores: dict) -> bool:
-        """Whether a row with SCORES reaches all of them. One that is not a number reaches none."""
+        """Whether a row reaches all of them. A score that is missing, or not a number, reaches none."""
         least = (self.caption, self.caption, self.direction, self.image)
-        return all(scores[name] >= value for name, value in zip(SCORES, least))
+        return all(scores.get(name, math.nan) >= value for name, value in zip(SCORES, least))
 
 
 def keep(rows: list[dict], thresholds: Thresholds, most: int) -> list[dict]:

@@ -1,0 +1,391 @@
+"""Make training pairs as the paper does: captions -> edits -> pairs -> filter.
+
+    python make_data.py                                # from the shipped models, offline, into data/
+    python make_data.py --model v1-5-pruned-emaonly.safetensors --prompts-file edits.jsonl --out pairs
+
+A language model writes an instruction and an edited caption for each caption; each caption pair is drawn --n-samples times
+with different seeds, shares of attention and guidance; CLIP keeps the best. Stopped in any way, it goes on when the command
+is repeated. OUT holds a folder for each prompt: prompt.json, {seed}_0.jpg and {seed}_1.jpg of what is kept, with scores in
+metadata.jsonl; samples.jsonl has the scores of all that was drawn, rest/ such pictures as are stored without being kept.
+"""
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ip2p.data import (find_pictures, keep_pictures, list_seeds, prompt_texts, read_json, read_jsonl, write_file, write_rows,
+                       write_sheet)
+from ip2p.images import open_image, to_images, to_pixels
+from sample import Parser, choose_device, within
+
+WEIGHTS = Path(__file__).resolve().parent / "weights"
+PAPER = dict(clip="ViT-L-14:openai", steps=100, n_samples=100)
+MINIATURE = dict(clip=str(WEIGHTS / "mini-clip.safetensors"), steps=20, n_samples=8)
+SHOWN = 24                                                     # the first prompts keep all pictures, for the sheet
+
+
+def main(args):
+    """The exit status: 0, or 1 if --check finds something. ValueError for what can be put right."""
+    if args.check:
+        return check(args)
+    args.device, args.dtype, args.torch_dtype = choose_device(args.device, args.dtype)
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if args.calibrate:
+        return calibrate(args)
+    if args.filter_only and not any(args.out.glob("*/prompt.json")):
+        raise ValueError(f"{args.out} holds no pairs to filter")
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    args.scratch = args.out / ".shard-{}-of-{}.tmp".format(*args.shard)      # all that is not whole is in here
+    shutil.rmtree(args.scratch, ignore_errors=True)
+    args.scratch.mkdir()
+    try:
+        if args.filter_only:
+            done, seeds = filter_pairs(args)
+        else:
+            if not (args.prompts_file or args.pairs_only):
+                write_edits(args)
+            if args.edits_only:
+                return 0
+            done, seeds = draw_pairs(args)
+    finally:
+        shutil.rmtree(args.scratch)
+
+    print("{prompts} prompts, {samples} pairs in {seconds:.0f} s, {rate:.2f} pairs/s; {kept} kept ({share:.0%})".format(
+        **done, rate=done["samples"] / done["seconds"], share=done["kept"] / max(1, done["samples"])))
+    print(f"{args.out} holds {sum(len(found) for _, found in seeds)} pairs of {len(seeds)} prompts; see its sheet.png")
+    if seeds:
+        print(f"python train.py --stage edit --data {args.out}")
+    return 0
+
+
+# ---- captions to edits
+
+def write_edits(args):
+    """OUT/edits.jsonl, by the language model. Of several shards the first writes, the others wait for edits.json."""
+    from ip2p.edits import EditWriter, generate_edits, read_captions, world_captions
+    from ip2p.world import World
+    settings = dict(num_captions=args.num_captions, captions=args.captions or "the world's", gpt=Path(args.gpt).name,
+                    seed=args.seed)
+    path = args.out / "edits.json"
+    is_written = lambda: path.exists() and settings.items() <= read_json(path).items()
+    if args.shard[0] and not is_written():
+        print(f"waiting for {path}, which shard 0/{args.shard[1]} writes", flush=True)
+        while not is_written():
+            time.sleep(1)
+    if is_written():
+        return
+    captions = read_captions(args.captions) if args.captions else world_captions(World(), args.seed)
+    report = generate_edits(EditWriter.load(args.gpt, args.device), captions, args.out / "edits.jsonl", seed=args.seed,
+                            count=args.num_captions)
+    write_file(path, json.dumps(settings | report, indent=1, ensure_ascii=False), args.scratch)
+    print(f"{report['accepted']} edits of {report['tried']} captions, {report['instructions']} different instructions; "
+          f"kinds: {report['kinds']}")
+
+
+# ---- edits to pairs
+
+def draw_pairs(args):
+    """A folder of OUT for each prompt that is this shard's and has none yet."""
+    from ip2p.clip_filter import ClipSimilarity
+    from ip2p.pipeline import InstructPix2Pix
+    prompts = read_prompts(args)
+    model = InstructPix2Pix.load(args.model, args.device, args.torch_dtype)
+    model.check_makes_pictures()
+    choose_settings(args, model.parts.metadata)
+    limits = choose_thresholds(args)
+    print(" ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None), limits, flush=True)
+    check_settings(args, limits)
+    prompts = [(name, prompt) for name, prompt in prompts if not is_done(args.out / name, prompt)]
+    judge = None if args.pairs_only else ClipSimilarity.load(args.clip, args.device)
+
+    done = Counter(prompts=0, samples=0, kept=0)
+    bar = tqdm(total=len(prompts) * args.n_samples, unit="pair", dynamic_ncols=True)
+    with finishing(args, done) as seeds, bar:
+        for name, prompt in prompts:
+            folder = args.scratch / name
+            (folder / "rest").mkdir(parents=True)
+            write_file(folder / "prompt.json", json.dumps(prompt, ensure_ascii=False), args.scratch)
+            rows = draw_prompt(model, judge, folder, prompt, args, limits, bar)
+            write_rows(folder / "samples.jsonl", rows, args.scratch)
+            kept = keep_best(args, folder, rows, limits) if judge else []
+            if not stores_all(args, name):
+                shutil.rmtree(folder / "rest")
+            os.replace(folder, args.out / name)                      # now it is whole
+            done.update(prompts=1, samples=len(rows), kept=len(kept))
+            bar.set_postfix(kept=done["kept"])
+    return done, seeds
+
+
+def read_prompts(args):
+    """[(folder's name, prompt)] of this shard's lines; ValueError, naming the line, if any line is no prompt."""
+    file, (shard, shards) = Path(args.prompts_file or args.out / "edits.jsonl"), args.shard
+    if args.pairs_only and not file.exists():
+        raise ValueError(f"{file}: no such file; --pairs-only needs a --prompts-file, or --edits-only before it")
+    prompts = []
+    for number, prompt in islice(read_jsonl(file), None if args.prompts_file else args.num_captions):
+        prompt_texts(prompt, f"{file}:{number}")
+        if (number - 1) % shards == shard:
+            prompts.append((f"{number - 1:07d}", prompt))
+    return prompts
+
+
+def choose_settings(args, own):
+    """What was not given on the command line: the paper's, or the miniature's if the model says that it is one."""
+    for name, value in (MINIATURE if "ip2p.world" in str(own.get("data")) else PAPER).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    usual = own.get("cfg_text", 7.5)                                 # the paper's guidance is once to twice the usual
+    args.min_cfg = usual if args.min_cfg is None else args.min_cfg
+    args.max_cfg = max(2 * usual, args.min_cfg) if args.max_cfg is None else args.max_cfg
+    for what in ("p2p", "cfg"):
+        low, high = getattr(args, f"min_{what}"), getattr(args, f"max_{what}")
+        if low > high:
+            raise ValueError(f"--min-{what} {low} is above --max-{what} {high}")
+
+
+def choose_thresholds(args):
+    """Those given on the command line, else those that go with the CLIP."""
+    from ip2p.clip_filter import Thresholds
+    given = dict(caption=args.clip_threshold, direction=args.clip_dir_threshold, image=args.clip_img_threshold)
+    given = {name: value for name, value in given.items() if value is not None}
+    return Thresholds(**given) if len(given) == 3 else replace(Thresholds.of(args.clip), **given)
+
+
+def check_settings(args, limits):
+    """Store what decides on the pairs as OUT/settings.json; ValueError if OUT was begun with something else."""
+    drawn = ("seed", "steps", "n_samples", "min_p2p", "max_p2p", "min_cfg", "max_cfg", "control", "sampler", "dtype")
+    new = {name: getattr(args, name) for name in drawn} | {"model": Path(args.model).name}
+    new |= {"filter": None} if args.pairs_only else filter_settings(args, limits)
+    path = args.out / "settings.json"
+    if not path.exists():
+        write_file(path, json.dumps(new, indent=1), args.scratch)
+    old = read_json(path)
+    if changed := [f"{k} was {old.get(k)}, now {new.get(k)}" for k in old | new if old.get(k) != new.get(k)]:
+        raise ValueError(f"{args.out} was begun with other settings ({'; '.join(changed)}): repeat its command, change the "
+                         f"filter with --filter-only, or give another --out")
+
+
+def filter_settings(args, limits):
+    return {"filter": dict(clip=Path(args.clip).name, max_out_samples=args.max_out_samples) | asdict(limits)}
+
+
+def is_done(folder, prompt):
+    if folder.exists() and read_json(folder / "prompt.json") != prompt:
+        raise ValueError(f"{folder} was made of another prompt than line {int(folder.name) + 1} now has; give another --out")
+    return folder.exists()
+
+
+def draw_prompt(model, judge, folder, prompt, args, limits, bar):
+    """Draw a prompt's pairs into folder/rest, without those that will not be kept. Returns a row for each of them all."""
+    caption, _, edited = prompt_texts(prompt, folder)
+    rng = random.Random(f"{args.seed}/{folder.name}")
+    rows = [dict(seed=seed, p2p_threshold=rng.uniform(args.min_p2p, args.max_p2p),
+                 cfg_scale=rng.uniform(args.min_cfg, args.max_cfg)) for seed in rng.sample(range(2 ** 32), args.n_samples)]
+    for start in range(0, len(rows), args.batch_size):
+        batch = rows[start:start + args.batch_size]
+        settings = ([row[key] for row in batch] for key in ("seed", "p2p_threshold", "cfg_scale"))
+        pixels = model.draw_pairs([caption] * len(batch), [edited] * len(batch), *settings, steps=args.steps,
+                                  sampler=args.sampler, control=args.control)
+        for k in range(2):
+            for row, picture in zip(batch, to_images(pixels[k])):
+                picture.save(folder / "rest" / f"{row['seed']}_{k}.jpg", quality=100, subsampling=0)
+        if judge:
+            score(judge, folder, batch, caption, edited)
+        for row in batch:
+            if not (stores_all(args, folder.name) or limits.passed_by(row)):
+                for picture in find_pictures(folder, row):
+                    picture.unlink()
+        bar.update(len(batch))
+    return rows
+
+
+def stores_all(args, name):
+    return args.keep_all or args.pairs_only or int(name) < SHOWN
+
+
+# ---- pairs to those that are kept
+
+def score(judge, folder, rows, caption, edited):
+    """Add CLIP's four similarities to rows, of the pictures as they are stored."""
+    pictures = zip(*(map(open_image, find_pictures(folder, row)) for row in rows))
+    before, after = (torch.stack([to_pixels(p, *p.size) for p in column]) for column in pictures)
+    for row, scores in zip(rows, judge(before, after, [caption] * len(rows), [edited] * len(rows))):
+        row.update(scores)
+
+
+def keep_best(args, folder, rows, limits):
+    from ip2p.clip_filter import keep
+    kept = keep([row for row in rows if find_pictures(folder, row)], limits, args.max_out_samples)
+    keep_pictures(folder, rows, kept, args.scratch)
+    return kept
+
+
+def filter_pairs(args):
+    """Apply thresholds to what was drawn before. It is scored first if it has no scores, or if a --clip was given."""
+    from ip2p.clip_filter import SCORES, ClipSimilarity
+    path = args.out / "settings.json"
+    settings, again, judge = read_json(path) if path.exists() else None, args.clip is not None, None
+    if not again:                                                    # a set without our settings is the published kind
+        args.clip = MINIATURE["clip"] if settings and settings["model"] == "mini-sd.safetensors" else PAPER["clip"]
+    limits, done, gone = choose_thresholds(args), Counter(prompts=0, samples=0, kept=0), 0
+    print(f"out={args.out} clip={args.clip} max_out_samples={args.max_out_samples}", limits, flush=True)
+    if settings:                                                     # a filter that was begun has to be ended
+        write_file(path, json.dumps(settings | {"filter": None}, indent=1), args.scratch)
+
+    prompts = sorted(args.out.glob("*/prompt.json"))[args.shard[0]::args.shard[1]]
+    with finishing(args, done) as seeds:
+        for file in tqdm(prompts, unit="prompt", dynamic_ncols=True):
+            folder, (caption, _, edited) = file.parent, prompt_texts(read_json(file), file)
+            lists = [p for p in (folder / "samples.jsonl", folder / "metadata.jsonl") if p.exists()]
+            rows = [row for _, row in read_jsonl(lists[0])] if lists else []
+            new = [row for row in rows if (again or not row.keys() >= set(SCORES)) and find_pictures(folder, row)]
+            for start in range(0, len(new), args.batch_size):
+                judge = judge or ClipSimilarity.load(args.clip, args.device)
+                score(judge, folder, new[start:start + args.batch_size], caption, edited)
+            write_rows(folder / "samples.jsonl", rows, args.scratch)
+            kept = keep_best(args, folder, rows, limits)
+            gone += sum(limits.passed_by(row) for row in rows if not find_pictures(folder, row))
+            done.update(prompts=1, samples=len(rows), kept=len(kept))
+    if settings:
+        write_file(path, json.dumps(settings | filter_settings(args, limits), indent=1), args.scratch)
+    if gone:
+        print(f"{gone} more would pass, but their pictures were not stored; --keep-all does that when pairs are drawn")
+    return done, seeds
+
+
+@contextmanager
+def finishing(args, done):
+    """However the block ends, its seconds are added to what was done, and seeds.json and the sheet are brought up to date.
+    Gives a list that then holds the seeds. Another shard may end while this one writes: so whoever writes looks again."""
+    seeds, stale, began = [], True, time.monotonic()
+    try:
+        yield seeds
+    finally:
+        done["seconds"] = time.monotonic() - began
+        while stale:
+            seeds[:] = list_seeds(args.out)
+            write_file(args.out / "seeds.json", json.dumps(seeds), args.scratch)
+            write_sheet(args.out, args.scratch)
+            stale = list_seeds(args.out) != seeds
+
+
+# ---- other commands
+
+def check(args):
+    from ip2p.check_data import check_dataset
+    problems = check_dataset(args.check)
+    print("\n".join(problems) or f"{args.check}: nothing is wrong")
+    return 1 if problems else 0
+
+
+def calibrate(args):
+    """Thresholds for a CLIP of the miniature, stored in its file, from which they are read whenever it is used."""
+    from ip2p.clip_filter import ClipSimilarity, calibrate, is_named, store_thresholds
+    from ip2p.world import World
+    clip = args.clip or MINIATURE["clip"]
+    thresholds, explanation = calibrate(ClipSimilarity.load(clip, args.device), World(args.device))
+    print(f"{explanation}\n{thresholds}")
+    if is_named(clip):
+        print("not stored, as this is no file of ours: pass them as --clip-threshold and so on")
+    else:
+        store_thresholds(clip, thresholds)
+        print(f"stored in {clip}")
+    return 0
+
+
+def run(argv=None):
+    """main, with one line on stderr for whatever the user can put right. Returns the exit status."""
+    args = parse(argv)
+    try:
+        return main(args)
+    except (ValueError, OSError) as error:
+        print(f"make_data.py: {' '.join(str(error).split())}", file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in f"{error!r}".lower():
+            raise
+        print("make_data.py: out of memory; try a smaller --batch-size, or --dtype bf16", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\nmake_data.py: stopped; repeat the command to go on", file=sys.stderr)
+        return 130
+    return 2
+
+
+def shard(text):
+    """An argparse type: "i/n", shard i of n, counted from 0."""
+    i, _, n = text.partition("/")
+    if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
+        raise argparse.ArgumentTypeError(f"needed i/n with 0 <= i < n, got {text}")
+    return int(i), int(n)
+
+
+def parse(argv=None):
+    p = Parser(prog="make_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag, share, scale, cosine = p.add_argument, within(float, 0, 1), within(float, -1000, 1000), within(float, -1, 1)
+    flag("--out", type=Path, default=Path("data"), help="the data set's folder (default: %(default)s)")
+    flag("--model", default=str(WEIGHTS / "mini-sd.safetensors"), help="a text-to-image model: a file, a diffusers folder "
+         "or an id on the Hugging Face hub (default: weights/mini-sd.safetensors)")
+    flag("--gpt", default=str(WEIGHTS / "mini-gpt.safetensors"), help="what writes edits: a file of ours, or GPT-2 "
+         "fine-tuned with train.py (default: weights/mini-gpt.safetensors)")
+    flag("--captions", help="a text file with a caption a line, or .jsonl or .csv (default: the toy world's, without end)")
+    flag("--num-captions", type=within(int, 1, 10 ** 9), default=100, help="edits to have written; may be raised later "
+         "(default: %(default)s)")
+    flag("--prompts-file", help="edits that are there already: a .jsonl of {caption, edit, output}, or with input for "
+         "caption (default: have them written)")
+    flag("--steps", type=within(int, 1, 1000), help="of the sampler (default: 20 for the miniature, else 100)")
+    flag("--n-samples", type=within(int, 1, 10 ** 5), help="pairs drawn of each prompt (default: 8 for the miniature, "
+         "else 100)")
+    flag("--max-out-samples", type=within(int, 0, 10 ** 5), default=4, help="most kept of each (default: %(default)s)")
+    flag("--min-p2p", type=share, default=0.1, help="share of steps with shared attention, at least (default: %(default)s)")
+    flag("--max-p2p", type=share, default=0.9, help="and at most (default: %(default)s)")
+    flag("--min-cfg", type=scale, help="guidance, at least (default: the model's usual, 7.5 for Stable Diffusion)")
+    flag("--max-cfg", type=scale, help="and at most (default: twice the model's usual)")
+    flag("--control", choices=("self-attention", "cross-attention"), default="self-attention", help="which attention the "
+         "two pictures share: the published generator's, or Prompt-to-Prompt's (default: %(default)s)")
+    flag("--sampler", choices=("euler-ancestral", "ddim"), default="euler-ancestral", help="default: %(default)s")
+    flag("--clip", help="what judges: a CLIP file of ours, or open_clip's name and its weights, a tag or a file, such as "
+         "ViT-L-14-quickgelu:weights.pt (default: weights/mini-clip.safetensors for the miniature, else ViT-L-14:openai)")
+    flag("--clip-threshold", type=cosine, help="each picture with its caption, at least (default: what --calibrate stored "
+         "in the CLIP's file, else the paper's 0.2)")
+    flag("--clip-dir-threshold", type=cosine, help="change of pictures with change of captions (default: likewise, or 0.2)")
+    flag("--clip-img-threshold", type=cosine, help="the two pictures with each other (default: likewise, or 0.7)")
+    flag("--keep-all", action="store_true", help="store the pictures of rejected pairs too, in rest/, so that --filter-only "
+         f"can take any thresholds later, not just stricter ones (default: of the first {SHOWN}, for the sheet)")
+    flag("--edits-only", action="store_true", help="stop after OUT/edits.jsonl")
+    flag("--pairs-only", action="store_true", help="draw from --prompts-file or OUT/edits.jsonl, and store all, unfiltered")
+    flag("--filter-only", action="store_true", help="apply thresholds to what OUT holds, without drawing; a --clip scores "
+         "it anew")
+    flag("--check", type=Path, metavar="DIR", help="list what is wrong with a data set, in any layout that train.py reads; "
+         "exit status 0 if nothing is, 1 if something is")
+    flag("--calibrate", action="store_true", help="find thresholds for a CLIP of the miniature from pairs known to be right "
+         "or wrong, show how, and store them in its file")
+    flag("--shard", type=shard, default=f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}", metavar="I/N",
+         help="do every N-th prompt from the I-th, counted from 0, beside others in the same OUT (default: torchrun's rank)")
+    flag("--seed", type=within(int, 0, 2 ** 63 - 1), default=0, help="of edits, noise and settings (default: %(default)s)")
+    flag("--batch-size", type=within(int, 1, 10000), default=8, help="pairs drawn at a time (default: %(default)s)")
+    flag("--device", help="such as cpu, cuda or cuda:1 (default: cuda if there is one, else cpu)")
+    flag("--dtype", choices=("fp32", "fp16", "bf16"), help="of weights and arithmetic (default: bf16 on cuda, else fp32)")
+    args = p.parse_args(argv)
+    if sum((args.edits_only, args.pairs_only, args.filter_only, args.calibrate, args.check is not None)) > 1:
+        p.error("--edits-only, --pairs-only, --filter-only, --check and --calibrate exclude one another")
+    if args.edits_only and args.prompts_file:
+        p.error("--edits-only writes edits, and --prompts-file names some that are there already: give one of the two")
+    return args
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)            # as Ctrl-C: drop the prompt in hand, and end well
+    sys.exit(run())

@@ -1,0 +1,455 @@
+"""make_data.py: the published layout from start to end; any kill, any shards, the same files."""
+import importlib.util
+import json
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ip2p import InstructPix2Pix
+from ip2p.checkpoint import Parts, save_checkpoint
+from ip2p.clip_filter import ClipSimilarity, Thresholds, build_clip, save_clip
+from ip2p.data import PairedDataset, read_jsonl
+from ip2p.images import open_image, to_pixels
+from ip2p.text import TextConfig, TextEncoder
+from ip2p.unet import UNet, UNetConfig
+from ip2p.vae import AutoencoderKL, VAEConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))                                  # where `python make_data.py` finds sample.py
+spec = importlib.util.spec_from_file_location("make_data", ROOT / "make_data.py")
+make_data = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(make_data)
+
+PROMPTS = [{"caption": "a fox in the snow", "edit": "make it rain", "output": "a fox in the rain", "url": "http://x"},
+           {"input": "a boat", "edit": "add a café", "output": "a boat and a café"},
+           {"caption": "a cat", "edit": "make it a dog", "output": "a dog"},
+           {"caption": "a hill", "edit": "make it night", "output": "a hill at night"},
+           {"caption": "a road", "edit": "as a sketch", "output": "a sketch of a road"}]
+METADATA = {"seed", "p2p_threshold", "cfg_scale", "clip_sim_0", "clip_sim_1", "clip_sim_dir", "clip_sim_image"}
+LOOSE = ["--clip-threshold", "-1", "--clip-dir-threshold", "-1", "--clip-img-threshold", "-1"]
+
+
+# ---- models of random weights, and the command
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("models")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = UNet(UNetConfig(in_channels=4, model_channels=32, channel_mult=(1, 2), num_res_blocks=1,
+                               attention_levels=(True, True), context_dim=32, num_heads=2, norm_groups=8))
+        vae = AutoencoderKL(VAEConfig(channels=8, channel_mult=(1, 2, 2), num_res_blocks=1, norm_groups=4))
+        text = TextEncoder(TextConfig(vocab_size=514 + 200, context_length=16, width=32, layers=2, heads=2))
+        save_checkpoint(Parts(unet, vae, text, "eps", 32, {"cfg_text": 2.0}), folder / "sd.safetensors")
+        config = dict(embed_dim=24, vision_cfg=dict(image_size=32, patch_size=16, width=32, layers=1, head_width=16),
+                      text_cfg=dict(context_length=16, vocab_size=514 + 200, width=32, heads=2, layers=1))
+        clip = build_clip(config)
+        for p in clip.parameters():
+            torch.nn.init.normal_(p, std=0.3)
+        save_clip(clip, config, folder / "clip.safetensors", {})
+    lines = (json.dumps(prompt, ensure_ascii=False) + "\n" for prompt in PROMPTS)
+    (folder / "prompts.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+def flags(models, out, *more):
+    return [*map(str, ("--model", models / "sd.safetensors", "--clip", models / "clip.safetensors", "--prompts-file",
+                       models / "prompts.jsonl", "--out", out, "--device", "cpu", "--steps", 2, "--n-samples", 3,
+                       "--max-out-samples", 2, "--batch-size", 2, *LOOSE, *more))]
+
+
+@pytest.fixture
+def cli(models, tmp_path, capsys):
+    """Runs make_data.py on five prompts; later flags replace earlier ones. Returns its status, stdout, stderr."""
+    def run(*more, out=tmp_path / "out"):
+        try:
+            code = make_data.run(flags(models, out, *more))
+        except SystemExit as end:                              # argparse's
+            code = end.code
+        text = capsys.readouterr()
+        return SimpleNamespace(code=code, out=text.out, err=text.err)
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(models, tmp_path_factory):
+    """What one uninterrupted run writes."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert make_data.run(flags(models, out)) == 0
+    return out
+
+
+def tree(path):
+    """All files and folders below a folder, hidden ones too, with their bytes."""
+    return {str(p.relative_to(path)): p.read_bytes() if p.is_file() else None for p in path.rglob("*")}
+
+
+def rows(file):
+    return [row for _, row in read_jsonl(file)]
+
+
+def published_examples(path):
+    """What the published EditDataset finds: for each entry of seeds.json both pictures of each seed, and the instruction."""
+    with open(path / "seeds.json") as file:
+        seeds = json.load(file)
+    for name, found in seeds:
+        folder = path.joinpath(name)
+        with open(folder.joinpath("prompt.json")) as file:
+            prompt = json.load(file)["edit"]
+        for seed in found:
+            yield Image.open(folder.joinpath(f"{seed}_0.jpg")), Image.open(folder.joinpath(f"{seed}_1.jpg")), prompt
+
+
+# ---- from start to end
+
+def test_published_layout(whole):
+    folders = [whole / f"{i:07d}" for i in range(5)]
+    for folder, prompt in zip(folders, PROMPTS):
+        assert json.loads((folder / "prompt.json").read_text("utf-8")) == prompt
+        kept, drawn = rows(folder / "metadata.jsonl"), rows(folder / "samples.jsonl")
+        assert len(kept) == 2 and len(drawn) == 3 and all(set(row) == METADATA for row in drawn)
+        assert kept == sorted(drawn, key=lambda row: -row["clip_sim_dir"])[:2]
+        assert {p.name for p in folder.glob("*.jpg")} == {f"{row['seed']}_{k}.jpg" for row in kept for k in range(2)}
+        assert all(0 <= r["seed"] < 2 ** 32 and 0.1 <= r["p2p_threshold"] <= 0.9 and 2 <= r["cfg_scale"] <= 4 for r in drawn)
+        quality = Image.open(next(folder.glob("*.jpg"))).quantization
+        assert all(set(table) == {1} for table in quality.values())       # quality 100: nothing is divided away
+    seeds = json.loads((whole / "seeds.json").read_text())
+    assert seeds == [[f.name, sorted(p.name.split("_")[0] for p in f.glob("*_0.jpg"))] for f in folders]
+    assert {p.name for p in whole.iterdir()} == {f.name for f in folders} | {"seeds.json", "settings.json", "sheet.png"}
+    drawn = [(row["seed"], row["p2p_threshold"]) for folder in folders for row in rows(folder / "samples.jsonl")]
+    assert len(set(drawn)) == 15
+
+
+def test_the_published_reader_and_ours_find_the_same(whole):
+    theirs = list(published_examples(whole))
+    assert len(theirs) == 10 and all(a.size == b.size == (32, 32) and a.mode == "RGB" for a, b, _ in theirs)
+    data = PairedDataset(whole, "all", min_resize_res=32, max_resize_res=32, crop_res=32, flip_prob=0.0)
+    as_pixels = [(to_pixels(a, 32, 32), text) for a, _, text in theirs]
+    for before, after, instruction in data:
+        assert any(torch.equal(before, pixels) and text == instruction for pixels, text in as_pixels)
+        assert not torch.equal(before, after)
+    assert [text for *_, text in data] == [p["edit"] for p in PROMPTS]
+
+
+def test_pictures_are_those_of_the_model_and_scores_those_of_the_stored_pictures(models, whole):
+    model, judge = InstructPix2Pix.load(models / "sd.safetensors"), ClipSimilarity.load(models / "clip.safetensors")
+    folder, prompt = whole / "0000001", PROMPTS[1]
+    for row in rows(folder / "metadata.jsonl"):
+        pixels = model.draw_pairs([prompt["input"]], [prompt["output"]], [row["seed"]], [row["p2p_threshold"]],
+                                  [row["cfg_scale"]], steps=2)
+        stored = [to_pixels(open_image(folder / f"{row['seed']}_{k}.jpg"), 32, 32)[None] for k in range(2)]
+        assert all((a - b).abs().mean() < 0.02 for a, b in zip(pixels, stored))           # JPEG
+        scores, = judge(*stored, [prompt["input"]], [prompt["output"]])
+        assert all(abs(row[name] - value) < 1e-5 for name, value in scores.items())
+
+
+def test_the_sheet_shows_kept_and_rejected(whole):
+    sheet = np.asarray(Image.open(whole / "sheet.png").convert("RGB"))
+    best = rows(whole / "0000000" / "metadata.jsonl")[0]["seed"]
+    first = np.asarray(Image.open(whole / "0000000" / f"{best}_0.jpg"))
+    assert np.array_equal(sheet[2:34, 3:35], first)
+    assert sheet.shape[0] == 4 * (32 + 12 * 6 + 6)          # 5 kept pairs, then 5 others: two rows each
+
+
+def test_settings_are_printed_first_and_the_training_command_last(cli, tmp_path):
+    result = cli("--n-samples", 1)
+    lines = result.out.splitlines()
+    assert "steps=2" in lines[0] and "min_cfg=2.0" in lines[0] and "max_cfg=4.0" in lines[0]
+    assert lines[-3].startswith("5 prompts, 5 pairs in ") and lines[-3].endswith("5 kept (100%)")
+    assert lines[-1] == f"python train.py --stage edit --data {tmp_path / 'out'}"
+
+
+def test_defaults_follow_the_model():
+    def chosen(own, *more):
+        args = make_data.parse(more)
+        make_data.choose_settings(args, own)
+        return args
+
+    paper = chosen({})
+    assert (paper.steps, paper.n_samples, paper.clip) == (100, 100, "ViT-L-14:openai")
+    assert (paper.min_cfg, paper.max_cfg) == (7.5, 15.0)
+    assert (paper.min_p2p, paper.max_p2p, paper.max_out_samples) == (0.1, 0.9, 4)
+    small = chosen({"data": "ip2p.world, core", "cfg_text": 3.0})
+    assert (small.steps, small.n_samples, small.min_cfg, small.max_cfg) == (20, 8, 3.0, 6.0)
+    assert Path(small.clip).name == "mini-clip.safetensors" and chosen({}, "--steps", "7").steps == 7
+    assert make_data.choose_thresholds(paper) == Thresholds(0.2, 0.2, 0.7)
+
+
+# ---- the filter
+
+def test_only_what_passes_is_kept_and_a_prompt_without_pairs_keeps_its_record(cli, tmp_path, whole):
+    drawn = [row for i in range(5) for row in rows(whole / f"{i:07d}" / "samples.jsonl")]
+    middle = sorted(row["clip_sim_dir"] for row in drawn)[7]
+    assert cli("--clip-dir-threshold", middle, "--max-out-samples", 3).code == 0
+    for i in range(5):
+        folder = tmp_path / "out" / f"{i:07d}"
+        wanted = [row for row in rows(whole / folder.name / "samples.jsonl") if row["clip_sim_dir"] >= middle]
+        assert rows(folder / "samples.jsonl") == rows(whole / folder.name / "samples.jsonl")
+        assert {row["seed"] for row in rows(folder / "metadata.jsonl")} == {row["seed"] for row in wanted}
+        assert len(list(folder.glob("*.jpg"))) == 2 * len(wanted) and (folder / "prompt.json").exists()
+    assert sum(len(found) for _, found in json.loads((tmp_path / "out" / "seeds.json").read_text())) == 8
+    assert cli("--check", tmp_path / "out").code == 0
+
+
+def test_rejected_pictures_are_stored_for_the_first_prompts_or_if_asked(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(make_data, "SHOWN", 1)
+    assert cli("--clip-threshold", 1).code == 0 and cli("--clip-threshold", 1, "--keep-all", out=tmp_path / "all").code == 0
+    for folder, stored in ((tmp_path / "out", [3, 0, 0, 0, 0]), (tmp_path / "all", [3] * 5)):
+        assert [len(list((folder / f"{i:07d}").glob("**/*_1.jpg"))) for i in range(5)] == stored
+        assert json.loads((folder / "seeds.json").read_text()) == [] and cli("--check", folder).code == 0
+
+
+def test_filter_only_gives_what_drawing_with_those_thresholds_gives(cli, tmp_path, whole):
+    """From unfiltered pairs to scores and a loose filter; to a strict one and back."""
+    out = tmp_path / "out"
+    assert cli("--pairs-only").code == 0
+    assert not list(out.glob("*/metadata.jsonl")) and json.loads((out / "seeds.json").read_text()) == []
+    assert len(list(out.glob("*/rest/*.jpg"))) == 30 and cli("--check", out).code == 0
+    assert "filter was None" in cli().err                                  # these have to be filtered first
+    result = cli("--filter-only")
+    assert result.code == 0 and "10 kept (67%)" in result.out
+    assert tree(out) == tree(whole)
+    assert "15 pairs" in cli("--filter-only", "--max-out-samples", 1).out and len(list(out.glob("*/*_0.jpg"))) == 5
+    assert cli("--filter-only", "--clip-threshold", 1).code == 0 and not list(out.glob("*/*_0.jpg"))
+    assert "clip_sim_0" in (out / "0000000" / "samples.jsonl").read_text() and cli("--check", out).code == 0
+    assert cli("--filter-only").code == 0 and tree(out) == tree(whole)
+    assert cli().code == 0 and tree(out) == tree(whole)                    # and drawing could go on
+
+
+def test_filter_only_scores_again_only_with_a_clip(models, tmp_path, capsys, whole):
+    """No CLIP is loaded where all has been scored; and a set of the published program has no samples.jsonl."""
+    out = tmp_path / "published"
+    for i in range(5):
+        (out / f"{i:07d}").mkdir(parents=True)
+        for file in (whole / f"{i:07d}").iterdir():
+            if file.is_file() and file.name != "samples.jsonl":
+                (out / f"{i:07d}" / file.name).write_bytes(file.read_bytes())
+    (out / "seeds.json").write_bytes((whole / "seeds.json").read_bytes())
+    best = [rows(whole / f"{i:07d}" / "metadata.jsonl")[0] for i in range(5)]
+    assert make_data.run(["--filter-only", "--out", str(out), *LOOSE, "--max-out-samples", "1"]) == 0
+    assert [rows(out / f"{i:07d}" / "metadata.jsonl") for i in range(5)] == [[row] for row in best]
+    assert [found for _, found in json.loads((out / "seeds.json").read_text())] == [[str(row["seed"])] for row in best]
+    for i in range(5):                                                     # scores that are not so
+        file = out / f"{i:07d}" / "samples.jsonl"
+        file.write_text("".join(json.dumps(row | {"clip_sim_dir": 0.5}) + "\n" for row in rows(file)))
+    assert make_data.run(["--filter-only", "--out", str(out), *LOOSE, "--clip", str(models / "clip.safetensors")]) == 0
+    again = [rows(out / f"{i:07d}" / "metadata.jsonl")[0] for i in range(5)]
+    assert all(a["seed"] == b["seed"] and abs(a["clip_sim_dir"] - b["clip_sim_dir"]) < 1e-5 for a, b in zip(again, best))
+    assert make_data.run(["--check", str(out)]) == 0
+
+
+def test_looser_thresholds_say_what_was_not_stored(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(make_data, "SHOWN", 0)
+    assert cli("--clip-threshold", 1).code == 0 and not list((tmp_path / "out").glob("**/*.jpg"))
+    assert "15 more would pass, but their pictures were not stored" in cli("--filter-only").out
+
+
+# ---- edits
+
+def test_edits_are_written_from_captions_then_drawn(cli, models, tmp_path, monkeypatch):
+    """The language model is stood in for; what it writes and how it resumes is tested with it."""
+    from ip2p import edits
+    asked = []
+
+    class Writer(edits.EditWriter):
+        def __init__(self):
+            self.model = torch.nn.Linear(1, 1)
+            torch.nn.init.zeros_(self.model.weight), torch.nn.init.zeros_(self.model.bias)
+
+        def complete(self, caption, seed, **sampling):
+            asked.append(caption)
+            return "nonsense" if "bad" in caption else edits.make_completion("make it night", caption + " at night")
+
+    monkeypatch.setattr(edits.EditWriter, "load", classmethod(lambda cls, path, device=None: Writer()))
+    (tmp_path / "captions.txt").write_text("a fox\na bad one\na boat\na fox\na cat\n")
+    argv = [a for a in flags(models, tmp_path / "out") if a not in ("--prompts-file", str(models / "prompts.jsonl"))]
+    argv += ["--captions", str(tmp_path / "captions.txt"), "--n-samples", "1", "--num-captions", "2"]
+    assert make_data.run([*argv, "--edits-only"]) == 0
+    assert [p.name for p in (tmp_path / "out").glob("0*")] == [] and asked == ["a fox", "a bad one", "a boat"]
+    assert make_data.run([*argv, "--pairs-only", "--out", str(tmp_path / "empty")]) == 2
+    assert make_data.run(argv) == 0 and len(asked) == 3
+    assert [row["output"] for row in rows(tmp_path / "out" / "edits.jsonl")] == ["a fox at night", "a boat at night"]
+    first = tree(tmp_path / "out")
+    assert json.loads(first["0000001/prompt.json"])["caption"] == "a boat"
+    assert make_data.run([*argv, "--num-captions", "9"]) == 0 and asked[3:] == ["a cat"]  # more of them, later
+    then = tree(tmp_path / "out")
+    assert "0000002/prompt.json" in then and all(then[k] == first[k] for k in first if k.startswith("000000"))
+    assert make_data.run(["--check", str(tmp_path / "out")]) == 0
+
+
+# ---- kills, shards, memory
+
+def start(models, out, *more, env=()):
+    """make_data.py as a process of its own."""
+    return subprocess.Popen([sys.executable, str(ROOT / "make_data.py"), *flags(models, out, *more)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | dict(env))
+
+
+FORKS = """
+import json, os, sys
+sys.path.insert(0, sys.argv[1])
+import ip2p.clip_filter, ip2p.pipeline, make_data
+ip2p.clip_filter.import_open_clip()
+print("ready", flush=True)
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1), os.dup2(1, 2)
+        os._exit(make_data.run(json.loads(line)))
+    print(pid, flush=True)
+    print(os.waitpid(pid, 0)[1], flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def forked():
+    """run(seconds, *argv) runs make_data.py, and kills it after so many seconds: its wait status, 9 if it was killed. The
+    runs are forks of one process that has imported what they need, so that many starts take little time."""
+    process = subprocess.Popen([sys.executable, "-c", FORKS, str(ROOT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    assert process.stdout.readline() == b"ready\n"
+
+    def run(seconds, *argv):
+        process.stdin.write(json.dumps(argv).encode() + b"\n")
+        process.stdin.flush()
+        pid = int(process.stdout.readline())
+        if not select.select([process.stdout], [], [], seconds)[0]:
+            os.kill(pid, signal.SIGKILL)
+        return int(process.stdout.readline())
+
+    yield run
+    process.stdin.close()
+    process.wait()
+
+
+def test_killed_at_random_moments_it_writes_what_an_uninterrupted_run_writes(forked, models, tmp_path, whole):
+    out, rng, kills, began = tmp_path / "out", random.Random(0), 0, time.monotonic()
+    assert forked(99, *flags(models, tmp_path / "once")) == 0
+    duration = time.monotonic() - began
+    while forked(rng.uniform(0, 0.7 * duration), *flags(models, out)) == signal.SIGKILL:
+        kills += 1
+        for folder in out.glob("0*"):                                      # whatever has its name is whole
+            assert len(list(folder.glob("*.jpg"))) == 4 and len(rows(folder / "metadata.jsonl")) == 2
+        assert kills < 100
+    assert kills >= 2 and tree(out) == tree(whole) == tree(tmp_path / "once")
+
+
+def test_filter_killed_at_random_moments_completes(forked, models, tmp_path, whole):
+    out, rng, argv, began = tmp_path / "out", random.Random(1), flags(models, tmp_path / "out"), time.monotonic()
+    assert forked(99, *argv, "--pairs-only") == 0
+    duration, ends = time.monotonic() - began, set()
+    for _ in range(8):
+        ends.add(forked(rng.uniform(0, duration), *argv, "--filter-only"))
+    assert signal.SIGKILL in ends and forked(99, *argv, "--filter-only") == 0
+    assert tree(out) == tree(whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_stop_it_ends_well(models, tmp_path, number):
+    out = tmp_path / "out"
+    process = start(models, out, "--n-samples", 40)
+    while not (out / "0000000").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.endswith("make_data.py: stopped; repeat the command to go on\n"), err
+    assert "Traceback" not in err and not list(out.glob(".*")) and (out / "seeds.json").exists()
+    assert make_data.run(["--check", str(out)]) == 0
+
+
+def test_shards_side_by_side_write_what_one_run_writes(models, tmp_path, whole):
+    out = tmp_path / "out"
+    torchrun = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+    processes = [start(models, out, "--shard", "0/2"), start(models, out, env=torchrun)]
+    for process in processes:
+        assert process.wait(timeout=120) == 0, process.stderr.read()
+    assert tree(out) == tree(whole)
+
+
+def test_shards_one_after_the_other(cli, tmp_path, whole):
+    for i in (2, 0, 1):
+        assert cli("--shard", f"{i}/3").code == 0
+        assert cli("--check", tmp_path / "out").code == 0
+    assert tree(tmp_path / "out") == tree(whole)
+
+
+def test_memory_does_not_grow_with_the_number_of_samples(cli, monkeypatch, tmp_path):
+    """At any time at most two batches of pixels live: one that is drawn while the last is still held."""
+    living, most, drawn = weakref.WeakSet(), [], []
+
+    def draw_pairs(self, captions, edited, seeds, shares, scales, **settings):
+        pixels = torch.rand(2, len(seeds), 3, 32, 32, generator=torch.Generator().manual_seed(seeds[0])) * 2 - 1
+        living.add(pixels)
+        most.append(len(living))
+        drawn.append(len(seeds))
+        return pixels.unbind()
+
+    monkeypatch.setattr(InstructPix2Pix, "draw_pairs", draw_pairs)
+    monkeypatch.setattr(make_data, "SHOWN", 0)
+    assert cli("--n-samples", 101, "--batch-size", 4, "--clip-threshold", 1, "--shard", "0/5").code == 0
+    assert sum(drawn) == 101 and max(drawn) == 4 and max(most) <= 2
+    assert not list((tmp_path / "out").glob("**/*.jpg"))
+
+
+# ---- what cannot work
+
+@pytest.mark.parametrize("more, words", [
+    (["--prompts-file", "nowhere.jsonl"], "nowhere.jsonl: no such file"), (["--model", "nowhere.safetensors"], "nowhere"),
+    (["--clip", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
+    (["--min-cfg", "9", "--max-cfg", "8"], "--min-cfg 9.0 is above --max-cfg 8.0"),
+    (["--min-p2p", "1.5"], "must be in 0..1"), (["--min-p2p", "0.95"], "--min-p2p 0.95 is above --max-p2p 0.9"),
+    (["--shard", "2/2"], "0 <= i < n"), (["--shard", "x"], "0 <= i < n"), (["--n-samples", "0"], "must be in 1.."),
+    (["--device", "cuda:77"], "cannot be used here"), (["--filter-only"], "holds no pairs to filter"),
+    (["--edits-only", "--pairs-only"], "exclude one another"), (["--edits-only"], "give one of the two")])
+def test_bad_input_is_one_line(cli, more, words):
+    result = cli(*more)
+    err = result.err.splitlines()[-1]
+    assert result.code == 2 and err.startswith("make_data.py: ") and words in err and "Traceback" not in result.err
+
+
+@pytest.mark.parametrize("line, words", [("{", "not a line of JSON"), ('{"edit": "x", "output": "y"}', "'caption'"),
+                                         ('{"caption": "x", "edit": "", "output": "y"}', "'edit'")])
+def test_a_bad_prompt_is_found_before_anything_is_drawn(cli, tmp_path, line, words):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps(PROMPTS[0]) + "\n" + line + "\n")
+    result = cli("--prompts-file", file, "--shard", "0/2")
+    assert result.code == 2 and "prompts.jsonl:2" in result.err and words in result.err
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_folder_of_other_settings_or_prompts_is_left_alone(cli, tmp_path):
+    assert cli("--n-samples", 1).code == 0
+    before = tree(tmp_path / "out")
+    assert "n_samples was 1, now 3" in cli().err
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps(p) + "\n" for p in PROMPTS[1:]))
+    assert "was made of another prompt" in cli("--n-samples", 1, "--prompts-file", other).err
+    assert tree(tmp_path / "out") == before
+
+
+def test_an_editor_is_refused(cli, models, tmp_path):
+    parts = InstructPix2Pix.load(models / "sd.safetensors", in_channels=8).parts
+    save_checkpoint(parts, tmp_path / "editor.safetensors")
+    assert "text-to-image" in cli("--model", tmp_path / "editor.safetensors").err
+
+
+def test_check_says_what_is_wrong_by_its_exit_status(cli, tmp_path):
+    assert cli("--n-samples", 1).code == 0
+    torn = next((tmp_path / "out").glob("*/*_1.jpg"))
+    torn.write_bytes(torn.read_bytes()[:100])
+    result = cli("--check", tmp_path / "out")
+    assert result.code == 1 and str(torn) in result.out
