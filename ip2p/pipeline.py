@@ -138,9 +138,6 @@ class InstructPix2Pix:
         width, height = (size or self.parts.image_size,) * 2 if not isinstance(size, Sequence) else size
         if min(width, height) < 1 or width % self.size_multiple or height % self.size_multiple:
             raise ValueError(f"width and height must be multiples of {self.size_multiple}, got {width}x{height}")
-        if control is not None and (num_images, len(prompts)) != (1, len(control.source)):
-            raise ValueError(f"this control is for {len(control.source)} prompts with one picture each, got {len(prompts)} "
-                             f"with {num_images}")
         texts = [p for p in prompts for _ in range(num_images)]
         f = self.vae.config.downsampling
         shape = (len(texts), self.vae.config.z_channels, height // f, width // f)
@@ -162,14 +159,20 @@ class InstructPix2Pix:
         self.check_makes_pictures()
         if control not in ("self-attention", "cross-attention"):
             raise ValueError(f"control must be self-attention or cross-attention, got {control!r}")
+        size = size or self.parts.image_size
+        if size < 1 or size % self.size_multiple:
+            raise ValueError(f"the pictures' side must be a multiple of {self.size_multiple}, got {size}")
         B, texts = len(captions), [*captions, *edited_captions]
+        if any(len(x) != B for x in (edited_captions, seeds, shares, cfg_text)):
+            raise ValueError(f"{B} captions need as many edited captions, seeds, shares and guidance scales")
+        check_settings(steps, sampler, 1)
         source, shares = list(range(B)) * 2, list(shares) * 2
         if control == "self-attention":
             control = share_self_attention(source, shares, steps)
         else:
             control = prompt_to_prompt(self.tokenizer, texts, steps, cross_replace_steps=shares,
                                        self_replace_steps=[p / 2 for p in shares], source=source)
-        side = (size or self.parts.image_size) // self.vae.config.downsampling
+        side = size // self.vae.config.downsampling
         z = self.text_to_latents(texts, self._null("", 2 * B), torch.tensor(cfg_text, device=self.device).repeat(2),
                                  (2 * B, self.vae.config.z_channels, side, side), steps=steps, sampler=sampler, seeds=[*seeds] * 2,
                                  x_T=None if x_T is None else x_T.repeat(2, 1, 1, 1), control=control, progress=progress)
@@ -180,6 +183,9 @@ class InstructPix2Pix:
                         eta=0.0, control=None, first=0, progress=False) -> Tensor:
         """Clean latents (B, z, h, w) = `shape` of B texts. null_context: (B, M, D), or a list with one for every step;
         cfg_text: a number or (B,); seeds: B numbers; first: the step to begin with, x_T being as noisy as it expects."""
+        if control is not None and (shape[0], steps - first) != (len(control.source), len(control.self_steps)):
+            raise ValueError(f"this control is for {len(control.source)} prompts with one picture each in {len(control.self_steps)} "
+                             f"steps, got {shape[0]} in {steps - first}")
         run = control and ControlledRun(control, *shape[2:], self.device)
         predict = run.predicting(self.predict) if run else self.predict
         by_step = null_context if isinstance(null_context, list) else [null_context]

@@ -66,7 +66,10 @@ def _replacement(source, target, tokenizer):
     """The mapper, and which target tokens have no counterpart, (M,) bool."""
     M = tokenizer.config.context_length
     mapper, new = torch.zeros(M, M), torch.zeros(M, dtype=torch.bool)
-    changes, same_count = _changed_tokens(word_spans(source, tokenizer), word_spans(target, tokenizer), tokenizer)
+    xs, ys = word_spans(source, tokenizer), word_spans(target, tokenizer)
+    whole = max(len(tokenizer.encode(text)) for text in (source, target)) <= M - 2       # not cut off by the context
+    same_count = whole and len(xs) == len(ys)
+    changes = [(x, y) for (a, x), (b, y) in zip(xs, ys) if a != b] if same_count else _aligned_changes(xs, ys, tokenizer)
     i = j = 0                                                                # mapped so far
     for x, y in changes:
         mapper[torch.arange(i, x.start), torch.arange(j, y.start)] = 1
@@ -74,21 +77,19 @@ def _replacement(source, target, tokenizer):
             new[y.start:y.stop] = True
         elif len(x) == len(y):
             mapper[torch.arange(x.start, x.stop), torch.arange(y.start, y.stop)] = 1
-        else:
-            mapper[x.start:x.stop, y.start:y.stop] = 1 / max(1, len(y))
+        elif y:
+            mapper[x.start:x.stop, y.start:y.stop] = 1 / len(y)
         i, j = x.stop, y.stop
     for k in range(M - j):
         if not same_count:
             mapper[min(i + k, M - 1), j + k] = 1
-        elif i + k < M:
+        elif i + k < M:                          # the original's walk ends with the source's tokens: columns may stay empty
             mapper[j + k, j + k] = 1
     return mapper, new
 
 
-def _changed_tokens(xs, ys, tokenizer):
-    """Pairs of ranges of source and target tokens that replace each other, in order; and whether there are as many words."""
-    if len(xs) == len(ys):
-        return [(x, y) for (a, x), (b, y) in zip(xs, ys) if a != b], True
+def _aligned_changes(xs, ys, tokenizer):
+    """Pairs of ranges of source and target tokens that replace each other, in order, where the words differ in number."""
     (x_words, x_starts), (y_words, y_starts) = (
         ([tuple(tokenizer.encode(word)) for word, _ in spans], [span.start for _, span in spans] + [spans[-1][1].stop if spans else 1])
         for spans in (xs, ys))
@@ -98,15 +99,15 @@ def _changed_tokens(xs, ys, tokenizer):
             changes += [(xs[a + k][1], ys[c + k][1]) for k in range(b - a)]
         elif kind != "equal":
             changes.append((range(x_starts[a], x_starts[b]), range(y_starts[c], y_starts[d])))
-    return changes, False
+    return changes
 
 
 def refinement_mapper(source: str, target: str, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
     """For each target token, the source token that it aligns with, as Prompt-to-Prompt's AttentionRefine has it.
 
     Returns indices (M,) int64, -1 where a token is new, and alphas (M,), 0 where it is new and 1 elsewhere. The alignment
-    is Needleman and Wunsch's on token ids with gap 0, match 1, mismatch -1; ties go left, then up. Behind the prompt's
-    end each position maps to itself.
+    is Needleman and Wunsch's on token ids with gap 0, match 1, mismatch -1, which is a longest common subsequence; ties
+    go left, then up. Behind the prompt's end each position maps to itself.
     """
     M = tokenizer.config.context_length
     xs, ys = ([tokenizer.start, *tokenizer.encode(text)[:M - 2], tokenizer.end] for text in (source, target))
@@ -153,8 +154,8 @@ class AttentionControl:
     self_steps: (T, R) bool, when it takes its source's self-attention.
     from_source: (R, M, M) and own: (R, M): its new map of token j is sum_i M_s[i] from_source[i, j] + M_t[j] own[j];
     cross_steps: (T, R, M), the share (alpha) of the new map in each token's. None, all three: cross-attention stays.
-    self_side: self-attention is borrowed in layers of up to this many by as many pixels where latents are 64 x 64, and
-    of the like at other sizes; None: in all. unconditional: whether the unconditional prediction borrows too.
+    self_side: self-attention is borrowed in layers of up to this many by as many pixels, and of more in proportion where
+    latents are larger than 64 x 64; None: in all. unconditional: whether the unconditional prediction borrows too.
     blend: (R, M) tokens that a `LocalBlend` looks at, those that it subtracts, and itself.
     """
     source: Tensor
@@ -173,6 +174,8 @@ def share_self_attention(source: Sequence[int], shares: Sequence[float], num_ste
     source: the row that each row borrows from. shares: one for each row. arXiv:2211.09800, Sec. 3.1.2, where they are
     drawn from U(0.1, 0.9) and called p.
     """
+    if not all(0 <= share <= 1 for share in shares):
+        raise ValueError(f"shares of the steps must be in 0..1, got {list(shares)}")
     done = torch.arange(num_steps) / max(1, num_steps - 1)
     return AttentionControl(torch.tensor(source), done[:, None] < torch.tensor(shares)[None], unconditional=True)
 
@@ -197,6 +200,8 @@ def prompt_to_prompt(tokenizer: Tokenizer, prompts: Sequence[str], num_steps: in
     R, M, T = len(prompts), tokenizer.config.context_length, num_steps
     source = [0] * R if source is None else list(source)
     crossing, sharing = ([x] * R if not isinstance(x, list) else x for x in (cross_replace_steps, self_replace_steps))
+    if any(len(x) != R for x in (source, crossing, sharing)) or not all(0 <= s < R for s in source):
+        raise ValueError(f"source and lists of steps need an entry for each of {R} prompts, sources in 0..{R - 1}")
     from_source, own, cross_steps = torch.zeros(R, M, M), torch.ones(R, M), torch.zeros(T, R, M)
     self_steps = torch.zeros(T, R, dtype=torch.bool)
     targets = [r for r in range(R) if source[r] != r]
@@ -233,8 +238,8 @@ def prompt_to_prompt(tokenizer: Tokenizer, prompts: Sequence[str], num_steps: in
 def _interval(bound, count):
     """(first, end) of `count` steps, of a share or a pair of shares."""
     begin, end = bound if isinstance(bound, (tuple, list)) else (0, bound)
-    if not 0 <= begin <= 1 or not 0 <= end <= 1:
-        raise ValueError(f"shares of the steps must be in 0..1, got {bound}")
+    if not 0 <= begin <= end <= 1:
+        raise ValueError(f"shares of the steps must be in 0..1, the first no greater than the second, got {bound}")
     return int(begin * count), int(end * count)
 
 
@@ -268,8 +273,8 @@ class ControlledRun:
         self.most_pixels = float("inf")
         if control.self_side is not None:
             self.most_pixels = control.self_side ** 2 * max(1, height * width / 64 ** 2)
-        # LocalBlend reads maps at a quarter of the latents' side, 16 x 16 in the original; small latents have none as small.
-        self.blend_pixels = height * width // min(4, max(1, min(height, width) // 16)) ** 2
+        # LocalBlend reads maps at a quarter of the latents' side, 16 x 16 in the original; for small latents, at a half or all.
+        self.blend_pixels = height * width // (4 if min(height, width) >= 64 else 2 if min(height, width) >= 32 else 1) ** 2
         self.maps = [0, 0]                                         # of the blend's words, and of those it subtracts
 
     def predicting(self, predict):

@@ -141,6 +141,36 @@ def test_the_trained_editor_edits(trained):
     assert picture.size == (128, 128) and model.parts.metadata["stage"] == "edit"
 
 
+def test_trains_on_a_data_set_and_from_a_base(trained, tmp_path):
+    """A folder in the published layout; and a base trained further, for more steps than were first asked for."""
+    from PIL import Image
+    out, _ = trained
+    for i in range(3):
+        folder = tmp_path / "data" / f"{i:07d}"
+        folder.mkdir(parents=True)
+        (folder / "prompt.json").write_text(json.dumps(dict(caption="a fox", edit="make it red", output="a red fox")))
+        for side in (0, 1):
+            Image.new("RGB", (128, 128), (80 * i, 200 * side, 0)).save(folder / f"5_{side}.jpg")
+    (tmp_path / "data" / "seeds.json").write_text(json.dumps([[f"{i:07d}", ["5"]] for i in range(3)]))
+    common = ["--batch-size", "2", "--block", "4", "--reuse", "1", "--device", "cpu", "--score-examples", "2"]
+
+    def train(*flags):
+        done = subprocess.run([sys.executable, "train.py", *map(str, flags), *common], cwd=ROOT, capture_output=True, text=True)
+        return done.returncode, done.stderr if done.returncode else json.loads(done.stdout.strip().splitlines()[-1])
+
+    edit = ("--stage", "edit", "--base", out / "mini-sd.safetensors", "--out", tmp_path / "runs", "--steps", 2)
+    code, record = train(*edit, "--data", tmp_path / "data")
+    assert code == 0 and record["data"] == "data" and record["steps"] == 2, record
+    code, line = train(*edit)                                        # the same run on other data
+    assert code == 2 and "other settings (data)" in line and line.count("\n") == 1
+    base = ("--stage", "base", "--init", out / "mini-sd.safetensors", "--out", out, "--seed", 1, "--steps")
+    code, line = train(*base, 2)
+    assert code == 2 and "other settings (seed)" in line             # the first run is still there
+    (out / "base").rename(out / "first")
+    assert [train(*base, steps)[1]["steps"] for steps in (1, 3)] == [1, 3]
+    assert train(*base, 3)[1]["init"]["stage"] == "base"
+
+
 @pytest.mark.parametrize("flags, complaint", [
     ("--steps 0", "--steps must be at least 1, got 0"),
     ("--batch-size 64 --block 32", "--block must be at least 64, got 32"),
