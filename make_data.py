@@ -107,7 +107,8 @@ def draw_pairs(args):
     model.check_makes_pictures()
     choose_settings(args, model.parts.metadata)
     limits = choose_thresholds(args)
-    print(" ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None), limits, flush=True)
+    told = {k: v for k, v in vars(args).items() if v not in (None, False) and k not in ("scratch", "torch_dtype")}
+    print(" ".join(f"{k}={v}" for k, v in told.items()), limits, flush=True)
     check_settings(args, limits)
     prompts = [(name, prompt) for name, prompt in prompts if not is_done(args.out / name, prompt)]
     judge = None if args.pairs_only else ClipSimilarity.load(args.clip, args.device)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from ip2p.check_data import check_dataset
-from ip2p.data import PairedDataset, find_pairs, keep_pictures, list_seeds, read_jsonl
+from ip2p.data import PairedDataset, keep_pictures, list_seeds, read_jsonl
 
 SMALL = dict(min_resize_res=16, max_resize_res=16, crop_res=16, flip_prob=0.0)
 

@@ -156,6 +156,15 @@ def test_pictures_are_those_of_the_model_and_scores_those_of_the_stored_pictures
         assert all(abs(row[name] - value) < 1e-5 for name, value in scores.items())
 
 
+def test_controls_and_samplers_draw_the_same_seeds_differently(cli, tmp_path, whole):
+    pictures = [whole / "0000000"]
+    for i, more in enumerate((["--control", "cross-attention"], ["--sampler", "ddim"])):
+        assert cli(*more, "--shard", "0/5", "--max-out-samples", 3, out=tmp_path / str(i)).code == 0
+        pictures.append(tmp_path / str(i) / "0000000")
+    seed = rows(pictures[0] / "metadata.jsonl")[0]["seed"]
+    assert len({(folder / f"{seed}_1.jpg").read_bytes() for folder in pictures}) == 3
+
+
 def test_the_sheet_shows_kept_and_rejected(whole):
     sheet = np.asarray(Image.open(whole / "sheet.png").convert("RGB"))
     best = rows(whole / "0000000" / "metadata.jsonl")[0]["seed"]
@@ -340,7 +349,7 @@ def test_killed_at_random_moments_it_writes_what_an_uninterrupted_run_writes(for
     out, rng, kills, began = tmp_path / "out", random.Random(0), 0, time.monotonic()
     assert forked(99, *flags(models, tmp_path / "once")) == 0
     duration = time.monotonic() - began
-    while forked(rng.uniform(0, 0.7 * duration), *flags(models, out)) == signal.SIGKILL:
+    while forked(rng.uniform(0.02, 0.1) * (kills + 1) * duration, *flags(models, out)) == signal.SIGKILL:   # later and later
         kills += 1
         for folder in out.glob("0*"):                                      # whatever has its name is whole
             assert len(list(folder.glob("*.jpg"))) == 4 and len(rows(folder / "metadata.jsonl")) == 2
@@ -352,19 +361,18 @@ def test_filter_killed_at_random_moments_completes(forked, models, tmp_path, who
     out, rng, argv, began = tmp_path / "out", random.Random(1), flags(models, tmp_path / "out"), time.monotonic()
     assert forked(99, *argv, "--pairs-only") == 0
     duration, ends = time.monotonic() - began, set()
-    for _ in range(8):
-        ends.add(forked(rng.uniform(0, duration), *argv, "--filter-only"))
+    for i in range(8):
+        ends.add(forked(rng.random() * i / 8 * duration, *argv, "--filter-only"))
     assert signal.SIGKILL in ends and forked(99, *argv, "--filter-only") == 0
     assert tree(out) == tree(whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_told_to_stop_it_ends_well(models, tmp_path, number):
+def test_told_to_stop_it_ends_well(models, tmp_path):
     out = tmp_path / "out"
     process = start(models, out, "--n-samples", 40)
     while not (out / "0000000").exists() and process.poll() is None:
         time.sleep(0.01)
-    process.send_signal(number)
+    process.terminate()                                                    # SIGTERM; Ctrl-C takes the same way
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and err.endswith("make_data.py: stopped; repeat the command to go on\n"), err
     assert "Traceback" not in err and not list(out.glob(".*")) and (out / "seeds.json").exists()
