@@ -265,18 +265,19 @@ def keep_pictures(folder: Path, rows: list[dict], kept: list[dict], scratch: Pat
 
 
 def write_sheet(out: Path, scratch: Path, most: tuple[int, int] = (40, 24)):
-    """out/sheet.png: for each of the first prompts the best pair that was kept, then the best that was not, with scores."""
+    """out/sheet.png: for each of the first prompts the best pair that was kept, then the worst that was not."""
     cells = [], []
     for file in islice(sorted(out.glob("*/samples.jsonl")), 200):
         folder, (caption, edit, _) = file.parent, prompt_texts(read_json(file.parent / "prompt.json"), file.parent)
         rows = sorted((row for _, row in read_jsonl(file)), key=lambda row: -row.get("clip_sim_dir", 0))
         for cell, place, most_here in zip(cells, (folder, folder / "rest"), most):
-            found = next((row for row in rows if [p.parent for p in find_pictures(folder, row)] == [place, place]), None)
+            ranked = rows if place == folder else rows[::-1]
+            found = next((row for row in ranked if [p.parent for p in find_pictures(folder, row)] == [place, place]), None)
             if found and len(cell) < 2 * most_here:
                 pictures = [open_image(path) for path in find_pictures(folder, found)]
                 for picture in pictures:
                     picture.thumbnail((160, 160))
-                verdict = "kept" if place == folder else "rejected" if "clip_sim_dir" in found else "not filtered"
+                verdict = "kept" if place == folder else "not kept" if "clip_sim_dir" in found else "not filtered"
                 scores = [f"{name[5:]} {found[name]:.2f}" for name in found if name.startswith("clip_")]
                 cell.extend(zip(pictures, (caption, f"[{edit}] {verdict}: {', '.join(scores)}")))
     blank = [(Image.new("RGB", (1, 1), "white"), "")] * (-len(cells[0]) % 8)          # rejected pairs begin a new row
