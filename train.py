@@ -212,11 +212,11 @@ def train_base(args, world):
 
     pool = Pool(draw, args)
 
-    def loss_fn(step, batch=None, dropout=0.1):
+    def loss_fn(step, batch=None, dropout=0.1, timesteps=args.timesteps):
         rng = seeded(args.seed, step)
         x0, captions = batch or pool.batch(step)
         drop = torch.rand(len(x0), generator=rng) < dropout
-        t, noise = draw_timesteps(args.timesteps, len(x0), rng), torch.randn(x0.shape, generator=rng)
+        t, noise = draw_timesteps(timesteps, len(x0), rng), torch.randn(x0.shape, generator=rng)
         ids = tokenizer(["" if d else c for c, d in zip(captions, drop)]).to(args.device)
         with args.autocast():
             loss = diffusion_loss(unet, x0, text(ids), t.to(args.device), noise.to(args.device), "v")
@@ -232,7 +232,8 @@ def train_base(args, world):
     record = run(args, model, loss_fn, sheet)
     sheet(args.out / "base" / "sheet-final.png")
     with torch.no_grad():
-        record["held_out_loss"] = round(float(loss_fn(0, draw(0, args.score_examples, "combinations"), dropout=0)[0]), 4)
+        loss, _ = loss_fn(0, draw(0, args.score_examples, "combinations"), dropout=0, timesteps="uniform")
+    record["held_out_loss"] = round(loss.item(), 4)
     record |= dict(cfg_text=args.cfg_text, autoencoder=history(read_state_dict(args.out / "vae.safetensors")[1]))
     record |= {"init": history(begun.metadata)} if args.init else {}
     save_checkpoint(parts, args.out / "mini-sd.safetensors", metadata=record, dtype=torch.float16)
@@ -261,11 +262,11 @@ def train_edit(args, world):
 
     pool = Pool(draw, args)
 
-    def loss_fn(step, batch=None, dropout=0.05):
+    def loss_fn(step, batch=None, dropout=0.05, timesteps=args.timesteps):
         rng = seeded(args.seed, step)
         image_latents, x0, instructions = batch or pool.batch(step)
         drop_text, drop_image = dropout_masks(len(x0), dropout, rng)
-        t, noise = draw_timesteps(args.timesteps, len(x0), rng), torch.randn(x0.shape, generator=rng)
+        t, noise = draw_timesteps(timesteps, len(x0), rng), torch.randn(x0.shape, generator=rng)
         ids = tokenizer(["" if d else i for i, d in zip(instructions, drop_text)]).to(args.device)
         image_latents = image_latents.masked_fill(drop_image.to(args.device)[:, None, None, None], 0)
         with args.autocast():
@@ -289,7 +290,8 @@ def train_edit(args, world):
     record = run(args, model, loss_fn, sheet)
     sheet(args.out / "edit" / "sheet-final.png", per_kind=min(6, args.score_examples))
     with torch.no_grad():
-        record["held_out_loss"] = round(float(loss_fn(0, draw(0, args.score_examples, "combinations"), dropout=0)[0]), 4)
+        loss, _ = loss_fn(0, draw(0, args.score_examples, "combinations"), dropout=0, timesteps="uniform")
+    record["held_out_loss"] = round(loss.item(), 4)
     record |= dict(cfg_text=args.cfg_text, cfg_image=args.cfg_image, base=history(base.metadata))
     record |= score_edits(editor, world, args)
     together = args.base.resolve().parent == args.out.resolve()          # then the autoencoder is stored once
