@@ -335,9 +335,9 @@ def train_edits(args, world):
     away where it starts from public GPT-2 weights (--base).
 
     700 triples are few for a small model. So unless --verbatim or --base is given, three times out of four it learns from one
-    that the world's grammar can read, put in other words of the world (`relexicalize`); and a fifth of these begin, before
-    and after the edit, with a few words out of the other triples' captions, so that it learns to repeat what it does not
-    know. The world's own instructions are not used.
+    that the world's grammar can read, put in other words of the world (`relexicalize`); and a quarter of these begin, before
+    and after the edit, with a few words out of the other triples' captions, half of them with their letters shuffled, so
+    that it learns to repeat what it does not know. The world's own instructions are not used.
     """
     triples = read_triples(args.triples)
     args.learns_from = hashlib.sha256(json.dumps([triples, str(args.base)]).encode()).hexdigest()       # a setting of the run
@@ -375,11 +375,12 @@ def train_edits(args, world):
             triple = rng.choice(triples)
             if readable and rng.random() < .75:
                 triple = relexicalize(rng.choice(readable), rng, world) or triple
-                if others and rng.random() < .2:
+                if others and rng.random() < .25:
                     words = rng.choice(others)
                     start = rng.randrange(len(words))
-                    some = " ".join(words[start:start + rng.randint(1, 3)])
-                    triple = triple | {key: f"{some} {triple[key]}" for key in ("input", "output")}
+                    some = words[start:start + rng.randint(1, 3)]
+                    some = [w if rng.random() < .5 else "".join(rng.sample(w, len(w))) for w in some]
+                    triple = triple | {key: f"{' '.join(some)} {triple[key]}" for key in ("input", "output")}
             caption, edit, output = triple.values()
             pairs.append((encode(make_prompt(caption)), encode(make_completion(edit, output))))
         return completion_loss(model, pairs)
@@ -427,7 +428,7 @@ DEFAULTS = {         # what made the shipped weights, on two CPU cores; a GPU ha
     "clip": dict(steps=260, batch_size=128, ema_decay=0.99),
     "base": dict(steps=1150, batch_size=48, ema_decay=0.998, reuse=4, timesteps="logit-normal"),
     "edit": dict(steps=1800, batch_size=48, ema_decay=0.998, reuse=5, timesteps="uniform"),
-    "edits": dict(steps=2400, batch_size=32, ema_decay=0.995, pretrain_steps=300),
+    "edits": dict(steps=3000, batch_size=32, ema_decay=0.995, pretrain_steps=300),
 }
 
 
