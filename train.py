@@ -495,7 +495,17 @@ def check(args):
         raise ValueError(f"--device {args.device} cannot be used here ({str(error).splitlines()[0]})") from None
 
 
-if __name__ == "__main__":
+def run_command(argv=None):
+    """main, with one line on stderr for whatever the user can put right. Returns the exit status."""
+    try:
+        main(parse(argv))
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=STAGES, default="edit", help="what to train (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the runs (default: %(default)s)")
@@ -532,8 +542,8 @@ if __name__ == "__main__":
                         "edit: pictures are drawn in full for a sixth of as many (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the arithmetic; weights stay float32 (default: %(default)s)")
-    try:
-        main(parser.parse_args())
-    except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command())

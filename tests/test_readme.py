@@ -13,7 +13,8 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines() if line.strip()]
-SMALLER = {"sample.py": "--steps 2", "train.py": "--steps 2 --batch-size 2 --block 4 --reuse 1 --score-examples 2"}
+SMALLER = {"sample.py": "--steps 2", "train.py": "--steps 2 --batch-size 2 --block 4 --reuse 1 --score-examples 2",
+           "make_data.py": "--num-captions 3 --n-samples 2 --steps 2 --clip-threshold -1 --clip-dir-threshold -1 --clip-img-threshold -1"}
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def folder(tmp_path_factory):
     from ip2p.unet import UNet, UNetConfig
     from ip2p.vae import AutoencoderKL, VAEConfig
     folder = tmp_path_factory.mktemp("clone")
-    for name in ("sample.py", "train.py", "ip2p", "weights", "tests", "pyproject.toml", "README.md"):
+    for name in ("sample.py", "train.py", "make_data.py", "ip2p", "weights", "tests", "pyproject.toml", "README.md"):
         (folder / name).symlink_to(ROOT / name)
     torch.manual_seed(0)
     parts = Parts(UNet(UNetConfig(8, 4, 32, (1, 2), 1, (True, False), context_dim=64, num_heads=8)),

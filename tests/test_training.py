@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ from ip2p.muon import orthogonalize
 from ip2p.training import EMA, fit, lr_scale, seeded
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import train  # noqa: E402
 
 
 def make_run(folder, steps, minutes=None, stop_after=None):
@@ -93,17 +97,15 @@ def test_muon_updates_are_nearly_orthogonal(shape):
 
 def test_pool_batches_depend_on_the_step_alone():
     """Whatever came before, so that a resumed run sees what it would have seen; each example `reuse` times a block."""
-    sys.path.insert(0, str(ROOT))
-    from train import Pool
     args = argparse.Namespace(batch_size=3, block=8, reuse=2, seed=0)
 
     def draw(start, count):
         return torch.arange(start, start + count), [f"caption {i}" for i in range(start, start + count)]
 
-    pool, seen = Pool(draw, args), []
+    pool, seen = train.Pool(draw, args), []
     for step in range(12):
         numbers, captions = pool.batch(step)
-        fresh_numbers, fresh_captions = Pool(draw, args).batch(step)
+        fresh_numbers, fresh_captions = train.Pool(draw, args).batch(step)
         assert torch.equal(numbers, fresh_numbers) and captions == fresh_captions
         assert captions == [f"caption {i}" for i in numbers.tolist()]
         seen += numbers.tolist()
@@ -115,12 +117,16 @@ def trained(tmp_path_factory):
     """All stages, a few steps each, one from the other, as commands."""
     out, records = tmp_path_factory.mktemp("runs"), {}
     for stage, size in (("vae", 2), ("clip", 4), ("base", 2), ("edit", 2)):
-        command = [sys.executable, "train.py", "--stage", stage, "--out", out, "--steps", 2, "--batch-size", size, "--block", 4,
-                   "--reuse", 1, "--device", "cpu", "--score-examples", 2]
-        done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        records[stage] = json.loads(done.stdout.strip().splitlines()[-1])
+        code, records[stage] = command("--stage", stage, "--out", out, "--steps", 2, "--batch-size", size)
+        assert code == 0, records[stage]
     return out, records
+
+
+def command(*flags):
+    """Runs train.py on little. Returns its status, and the record that it printed last or what it complained of."""
+    with redirect_stdout(StringIO()) as said, redirect_stderr(StringIO()) as complaint:
+        code = train.run_command([*map(str, flags), "--block", "4", "--reuse", "1", "--device", "cpu", "--score-examples", "2"])
+    return code, complaint.getvalue() if code else json.loads(said.getvalue().strip().splitlines()[-1])
 
 
 def test_every_stage_runs_and_says_what_it_did(trained):
@@ -152,23 +158,18 @@ def test_trains_on_a_data_set_and_from_a_base(trained, tmp_path):
         for side in (0, 1):
             Image.new("RGB", (128, 128), (80 * i, 200 * side, 0)).save(folder / f"5_{side}.jpg")
     (tmp_path / "data" / "seeds.json").write_text(json.dumps([[f"{i:07d}", ["5"]] for i in range(3)]))
-    common = ["--batch-size", "2", "--block", "4", "--reuse", "1", "--device", "cpu", "--score-examples", "2"]
-
-    def train(*flags):
-        done = subprocess.run([sys.executable, "train.py", *map(str, flags), *common], cwd=ROOT, capture_output=True, text=True)
-        return done.returncode, done.stderr if done.returncode else json.loads(done.stdout.strip().splitlines()[-1])
-
-    edit = ("--stage", "edit", "--base", out / "mini-sd.safetensors", "--out", tmp_path / "runs", "--steps", 2)
-    code, record = train(*edit, "--data", tmp_path / "data")
+    edit = ("--batch-size", 2, "--stage", "edit", "--base", out / "mini-sd.safetensors", "--out", tmp_path / "runs", "--steps", 2)
+    code, record = command(*edit, "--data", tmp_path / "data")
     assert code == 0 and record["data"] == "data" and record["steps"] == 2, record
-    code, line = train(*edit)                                        # the same run on other data
+    code, line = command(*edit)                                        # the same run on other data
     assert code == 2 and "other settings (data)" in line and line.count("\n") == 1
-    base = ("--stage", "base", "--init", out / "mini-sd.safetensors", "--out", out, "--seed", 1, "--steps")
-    code, line = train(*base, 2)
+    base = ("--batch-size", 2, "--stage", "base", "--init", out / "mini-sd.safetensors", "--out", out, "--seed", 1, "--steps")
+    code, line = command(*base, 2)
     assert code == 2 and "other settings (seed)" in line             # the first run is still there
     (out / "base").rename(out / "first")
-    assert [train(*base, steps)[1]["steps"] for steps in (1, 3)] == [1, 3]
-    assert train(*base, 3)[1]["init"]["stage"] == "base"
+    for steps in (1, 3):
+        code, record = command(*base, steps)
+        assert code == 0 and record["steps"] == steps and record["init"]["stage"] == "base", record
 
 
 @pytest.mark.parametrize("flags, complaint", [
