@@ -428,7 +428,7 @@ DEFAULTS = {         # what made the shipped weights, on two CPU cores; a GPU ha
     "clip": dict(steps=260, batch_size=128, ema_decay=0.99),
     "base": dict(steps=1150, batch_size=48, ema_decay=0.998, reuse=4, timesteps="logit-normal"),
     "edit": dict(steps=1800, batch_size=48, ema_decay=0.998, reuse=5, timesteps="uniform"),
-    "edits": dict(steps=2300, batch_size=32, ema_decay=0.995, pretrain_steps=300),
+    "edits": dict(steps=3500, batch_size=32, ema_decay=0.995, pretrain_steps=300),
 }
 
 
