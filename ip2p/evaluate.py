@@ -56,7 +56,7 @@ def evaluate_pairs(args):
         floor = torch.cat([model.decode(model.vae.encode(after[list(b)]).mode() * model.vae.config.scale_factor) for b in batches])
 
     rows = []
-    settings = [(control, share) for control in CONTROLS for share in args.shares]
+    settings = [(control, share) for control in args.controls for share in args.shares]
     for control, share in tqdm(settings, desc="controls"):
         scores, drawn = [], []
         for b in batches:
@@ -97,6 +97,7 @@ if __name__ == "__main__":
     parser.add_argument("--model", default=str(WEIGHTS / "mini-sd.safetensors"), help="a text-to-image model of the miniature "
                         "world (default: weights/mini-sd.safetensors)")
     parser.add_argument("--clip", default=str(WEIGHTS / "mini-clip.safetensors"), help="the filter (default: weights/mini-clip.safetensors)")
+    parser.add_argument("--controls", choices=CONTROLS, nargs="+", default=CONTROLS, help="default: both")
     parser.add_argument("--shares", type=float, nargs="+", default=[i / 10 for i in range(1, 10)], help="of the steps (default: .1 to .9)")
     parser.add_argument("--count", type=int, default=96, help="pairs for each row (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="of the sampler (default: %(default)s)")
