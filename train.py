@@ -423,10 +423,10 @@ def start_as_identity(module):
                 nn.init.zeros_(p)
 
 
-DEFAULTS = {         # what made the shipped weights, on two CPU cores; a GPU has time for more of everything
+DEFAULTS = {         # what made the shipped weights, on two CPU cores, but for the base: README; a GPU has time for more
     "vae": dict(steps=3400, batch_size=16, ema_decay=0.999),
     "clip": dict(steps=260, batch_size=128, ema_decay=0.99),
-    "base": dict(steps=1150, batch_size=48, ema_decay=0.998, reuse=4, timesteps="logit-normal"),
+    "base": dict(steps=2300, batch_size=96, ema_decay=0.998, reuse=4, timesteps="logit-normal"),
     "edit": dict(steps=1800, batch_size=48, ema_decay=0.998, reuse=5, timesteps="uniform"),
     "edits": dict(steps=3500, batch_size=32, ema_decay=0.995, pretrain_steps=300),
 }
