@@ -1,7 +1,9 @@
 """Train an InstructPix2Pix editor, and every model it needs.
 
     python train.py --stage edit --steps 20000        # fine-tune weights/mini-sd.safetensors into an editor
+    python train.py --stage edit --data data          # the same on pairs that make_data.py drew
     python train.py --stage vae --minutes 30          # or from nothing: vae, clip, base, edit, each from the one before
+    python train.py --stage edits                     # the language model of make_data.py, by itself
 
 Each stage trains on the miniature world, in a folder of its own below --out. Stopped by --minutes, Ctrl-C or SIGTERM, it
 goes on when the command is repeated.
