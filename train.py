@@ -33,6 +33,7 @@ from ip2p.clip_filter import build_clip, load_clip, normalize_pixels, save_clip
 from ip2p.data import PairedDataset
 from ip2p.edits import EditWriter, completion_loss, make_completion, make_prompt, read_triples
 from ip2p.encodings import pack_encoding, train_encoding
+from ip2p.evaluate import FIXED, psnr
 from ip2p.gpt import GPT, GPTConfig, save_gpt
 from ip2p.guidance import dropout_masks
 from ip2p.images import contact_sheet, save_image, to_images, to_pixels
@@ -91,11 +92,6 @@ def train_vae(args, world):
 @torch.no_grad()
 def reconstruct(vae, pixels):
     return torch.cat([vae.decode(vae.encode(x).mode()).float().clamp(-1, 1) for x in pixels.split(32)])
-
-
-def psnr(x, y):
-    """Peak signal-to-noise ratio of each picture in dB, (B,), for pixels in [-1, 1]."""
-    return 10 * (4 / (x - y).square().flatten(1).mean(1)).log10()
 
 
 @torch.no_grad()
@@ -315,7 +311,7 @@ def score_edits(editor, world, args):
     """PSNR in dB against the true edited picture, where the instruction fixes it, on held-out scenes: of the edit, of the
     unedited picture, and of the true picture after the autoencoder, which is the most an edit can reach."""
     scores = {"edit": [], "unedited": [], "autoencoder": []}
-    for kind in ("time", "weather", "season", "color", "remove", "size"):
+    for kind in FIXED:
         before, after, edits = world.pairs(args.seed, 100, -(-args.score_examples // 32), "combinations", kind)
         edited = editor.edit(to_images(before), [e.instruction for e in edits], cfg_text=args.cfg_text,
                              cfg_image=args.cfg_image, progress=False)
@@ -436,12 +432,14 @@ DEFAULTS = {         # what made the shipped weights, on two CPU cores, but for 
 
 def run(args, module, loss_fn, sheet=None):
     """Train `module` by the stage's settings. Returns the record that goes into the file's metadata."""
-    idle = ("minutes", "steps", "device", "sheet_minutes", "score_examples", "cfg_text", "cfg_image")      # may change on resuming
+    # What may change on resuming; another number of steps moves the cool-down.
+    idle = ("minutes", "steps", "device", "sheet_minutes", "score_examples", "cfg_text", "cfg_image")
     settings = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str)) and k not in idle}
     result = fit(module, loss_fn, args.out / args.stage, steps=args.steps, minutes=args.minutes, lr=args.lr,
                  optimizer=args.optimizer, warmup=args.warmup, cooldown=args.cooldown, ema_decay=args.ema_decay,
                  sheet_minutes=args.sheet_minutes, sheet=sheet, config=settings)
-    return dict(stage=args.stage, data=Path(args.data).name if args.data else f"ip2p.world, {args.subset}", steps=result["step"], batch_size=args.batch_size,
+    data = Path(args.data).name if args.data else f"ip2p.world, {args.subset}"
+    return dict(stage=args.stage, data=data, steps=result["step"], batch_size=args.batch_size,
                 minutes=round(result["seconds"] / 60, 1), finished=result["finished"], commit=commit(),
                 date=str(date.today()))
 
@@ -479,7 +477,8 @@ def main(args):
 
 def check(args):
     """ValueError for settings that cannot work."""
-    for name, least in (("steps", 1), ("batch_size", 2), ("pretrain_steps", 0), ("block", args.batch_size), ("reuse", 1), ("score_examples", 1)):
+    for name, least in (("steps", 1), ("batch_size", 2), ("pretrain_steps", 0), ("block", args.batch_size), ("reuse", 1),
+                        ("score_examples", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
@@ -511,7 +510,7 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=STAGES, default="edit", help="what to train (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the runs (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="optimiser steps in all (default: the stage's own)")
+    parser.add_argument("--steps", type=int, help="optimiser steps in all; may be changed when resuming (default: the stage's own)")
     parser.add_argument("--minutes", type=float, help="stop after so many minutes; repeat the command to go on")
     parser.add_argument("--batch-size", type=int, help="examples a step (default: the stage's own)")
     parser.add_argument("--lr", type=float, default=1e-3, help="of AdamW; Muon's is 20 times as much (default: %(default)s)")

@@ -36,7 +36,7 @@ class MaterializedRun(ControlledRun):
 
 
 def bench_pairs(args):
-    """Seconds a pair of `draw_pairs`, without the autoencoder's share changing: on the values and on the maps."""
+    """Pairs a second of `draw_pairs`, controlled on the values and on the maps; decoding is in both."""
     dtype = dict(fp32=torch.float32, bf16=torch.bfloat16)[args.dtype]
     if args.full_size:                                                     # Stable Diffusion 1.5, random weights
         torch.manual_seed(0)

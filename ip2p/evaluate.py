@@ -4,6 +4,8 @@
 """
 import argparse
 import json
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -56,15 +58,14 @@ def evaluate_pairs(args):
         floor = torch.cat([model.decode(model.vae.encode(after[list(b)]).mode() * model.vae.config.scale_factor) for b in batches])
 
     rows = []
-    settings = [(control, share) for control in args.controls for share in args.shares]
-    for control, share in tqdm(settings, desc="controls"):
+    for control, share in tqdm(list(product(args.controls, args.shares)), desc="controls"):
         scores, drawn = [], []
         for b in batches:
-            texts, same_for_all = (captions[b.start:b.stop], edited[b.start:b.stop]), dict(control=control, steps=args.steps)
-            shares, scales = [share] * len(b), [cfg_text] * len(b)
-            pair = model.draw_pairs(*texts, [args.seed + i for i in b], shares, scales, **same_for_all)
-            scores += judge(*pair, *texts)
-            drawn.append(torch.stack(model.draw_pairs(*texts, list(b), shares, scales, x_T=x_T[list(b)], sampler="ddim", **same_for_all)))
+            texts = captions[b.start:b.stop], edited[b.start:b.stop]
+            settings = [args.seed + i for i in b], [share] * len(b), [cfg_text] * len(b)
+            draw = partial(model.draw_pairs, *texts, *settings, control=control, steps=args.steps)
+            scores += judge(*draw(), *texts)
+            drawn.append(torch.stack(draw(x_T=x_T[list(b)], sampler="ddim")))
         source, target = torch.cat(drawn, 1)
         outside = same.flatten(1).float().mean(1) > 0.2                    # something stays
         rows.append(dict(control=control, share=share, kept=sum(map(thresholds.passed_by, scores)) / len(scores),
