@@ -238,6 +238,10 @@ def train_base(args, world):
     return record
 
 
+# What is drawn anew is harder to learn than what is changed, and comes twice as often.
+LESSONS = KINDS + ("object", "place", "add")
+
+
 def train_edit(args, world):
     """The editor: the base widened by image latents, conditionings dropped at random, on the world's true pairs or on those
     that `make_data.py` drew."""
@@ -253,7 +257,7 @@ def train_edit(args, world):
             before, after, instructions = zip(*map(drawn, range(start, start + count)))
             before, after = torch.stack(before).to(args.device), torch.stack(after).to(args.device)
         else:
-            before, after, edits = world.pairs(args.seed + 3, start, count, split)
+            before, after, edits = world.pairs(args.seed + 3, start, count, split, LESSONS if split == "train" else None)
             instructions = [e.instruction for e in edits]
         x0 = encode(vae, after, args) * vae.config.scale_factor
         return encode(vae, before, args), x0, list(instructions)                  # image latents are not scaled

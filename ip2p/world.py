@@ -111,11 +111,12 @@ class World:
                 return scene, words.caption(scene, words.phrasing(rng, split == "phrasings"))
 
     def edit(self, seed, index, split="train", kind=None):
-        """The `Edit` of an example; kind: one of KINDS, or None to draw it too."""
-        if kind not in (None, *KINDS):
+        """The `Edit` of an example; kind: one of KINDS, a tuple of them to draw it from, or None to draw it from all."""
+        among = (kind,) if isinstance(kind, str) else kind or KINDS
+        if not set(among) <= set(KINDS):
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-        rng = stream("edit" if kind is None else kind, split, seed, index)
-        kind, held_out = kind or rng.choice(KINDS), split == "phrasings"
+        rng = stream(kind if isinstance(kind, str) else "edit", split, seed, index)
+        kind, held_out = among[0] if isinstance(kind, str) else rng.choice(among), split == "phrasings"
         while True:
             source, target, which = self._revise(rng, kind)
             if source and target and self._admits(split, target, source):
