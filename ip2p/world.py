@@ -225,7 +225,7 @@ class World:
             target = self._move(rng, source)
         elif kind == "color":
             color = "" if rng.random() < .1 else rng.choice(list(self.colors))
-            visible = thing.color and color or not self._alike(sprite, thing.color or color)
+            visible = thing.color and color or not self.alike(sprite, thing.color or color)
             if sprite["recolor"] and color != thing.color and visible:
                 target = swap(replace(thing, color=color))
         elif kind == "add":
@@ -255,7 +255,7 @@ class World:
         return replace(source, place=place, variant=variant, crop=rng.randint(*back["crop_x"]), things=tuple(things),
                        backdrop_color=back.get("color", ""))
 
-    def _alike(self, sprite, color):
+    def alike(self, sprite, color):
         """Whether a colour is close to the sprite's own, so that painting it would change little."""
         if not color or sprite["hue"] is None:
             return color in ("", "white")
