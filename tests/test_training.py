@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ip2p.muon import orthogonalize
+from ip2p.stages import Pool
 from ip2p.training import EMA, fit, lr_scale, seeded
 
 ROOT = Path(__file__).parent.parent
@@ -102,10 +103,10 @@ def test_pool_batches_depend_on_the_step_alone():
     def draw(start, count):
         return torch.arange(start, start + count), [f"caption {i}" for i in range(start, start + count)]
 
-    pool, seen = train.Pool(draw, args), []
+    pool, seen = Pool(draw, args), []
     for step in range(12):
         numbers, captions = pool.batch(step)
-        fresh_numbers, fresh_captions = train.Pool(draw, args).batch(step)
+        fresh_numbers, fresh_captions = Pool(draw, args).batch(step)
         assert torch.equal(numbers, fresh_numbers) and captions == fresh_captions
         assert captions == [f"caption {i}" for i in numbers.tolist()]
         seen += numbers.tolist()

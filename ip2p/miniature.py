@@ -1,0 +1,180 @@
+"""The miniature's models from nothing, on the toy world's scenes: autoencoder, CLIP, text-to-image base.
+
+Each stage is a function of the settings (`train.py --help`) and a `World`; it writes its result into `args.out`, where the next
+finds it, and returns what it says of itself in the file.
+"""
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .attention import SpatialTransformer
+from .checkpoint import Parts, load_checkpoint, load_vae, save_checkpoint, save_vae
+from .clip_filter import build_clip, load_clip, normalize_pixels, save_clip
+from .evaluate import psnr
+from .images import contact_sheet, save_image, to_images
+from .pipeline import InstructPix2Pix
+from .stages import Pool, diffusion_loss, draw_timesteps, encode, history, run
+from .tensorfiles import read_state_dict
+from .text import TextConfig, TextEncoder, Tokenizer
+from .training import seeded
+from .unet import ResBlock, UNet, UNetConfig
+from .vae import AttnBlock, AutoencoderKL, ResnetBlock, VAEConfig
+
+
+# ---- the autoencoder
+
+VAE = VAEConfig(channels=16, channel_mult=(1, 2, 4, 8), num_res_blocks=1, z_channels=16, norm_groups=4, scale_factor=1.0)
+
+
+def train_vae(args, world):
+    """Random crops, L1 + MSE and a touch of KL. Residual branches start at zero, so it begins as a linear code."""
+    vae = AutoencoderKL(VAE).to(args.device, memory_format=args.layout)
+    start_as_identity(vae)
+
+    def loss_fn(step):
+        rng, side = seeded(args.seed, step), args.crop
+        pixels, _ = world.pictures(args.seed, step * args.batch_size // 2, args.batch_size // 2)
+        corners = torch.randint(0, 128 - side + 1, (2 * len(pixels), 2), generator=rng).tolist()
+        x = torch.stack([pixels[i // 2, :, a:a + side, b:b + side] for i, (a, b) in enumerate(corners)])
+        x = x.contiguous(memory_format=args.layout)
+        with args.autocast():
+            posterior = vae.encode(x)
+            noise = torch.randn(posterior.mean.shape, generator=rng).to(x)
+            z = posterior.mean + (0.5 * posterior.logvar).exp() * noise
+            y = vae.decode(z).float()
+        mse, kl = F.mse_loss(y, x), posterior.kl().float().mean()
+        loss = F.l1_loss(y, x) + 5 * mse + 1e-6 * kl
+        return loss, dict(psnr=10 * (4 / mse.detach()).log10(), kl=kl)
+
+    held_out, _ = world.pictures(args.seed, 0, 8, "combinations")
+
+    def sheet(path):
+        cells = [(p, text) for pixels, text in ((held_out, "picture"), (reconstruct(vae, held_out), "reconstruction"))
+                 for p in to_images(pixels)]
+        save_image(contact_sheet(cells, lines=1), path)
+
+    record = run(args, vae, loss_fn, sheet)
+    normalize_latents(vae, world.pictures(args.seed, 0, 256)[0])
+    held_out, _ = world.pictures(args.seed, 0, args.score_examples, "combinations")
+    record["psnr"] = round(float(psnr(reconstruct(vae, held_out), held_out).mean()), 2)
+    save_vae(vae, args.out / "vae.safetensors", record)
+    return record
+
+
+@torch.no_grad()
+def reconstruct(vae, pixels):
+    return torch.cat([vae.decode(vae.encode(x).mode()).float().clamp(-1, 1) for x in pixels.split(32)])
+
+
+@torch.no_grad()
+def normalize_latents(vae, pixels):
+    """Shift each latent channel to mean zero and scale all to unit variance, within the 1x1 convolutions next to them."""
+    z = torch.cat([vae.encode(x).mode() for x in pixels.split(32)])
+    mean, std, n = z.mean((0, 2, 3)), z.std(), z.shape[1]
+    quant, post = vae.quant_conv, vae.post_quant_conv
+    post.bias += post.weight[:, :, 0, 0] @ mean
+    post.weight *= std
+    quant.weight[:n] /= std
+    quant.bias[:n] = (quant.bias[:n] - mean) / std
+    quant.bias[n:] -= 2 * std.log()                      # log variance
+
+
+# ---- CLIP, whose text tower is the text encoder of the next stages
+
+CLIP = dict(embed_dim=192, vision_cfg=dict(image_size=128, patch_size=16, width=192, layers=4, head_width=32),
+            text_cfg=dict(context_length=32, vocab_size=2 * 256 + 2 + 2048, width=192, heads=6, layers=4))
+TEXT = TextConfig(**CLIP["text_cfg"], quick_gelu=False, skip_last=0, pad_with_end=False)
+
+
+def train_clip(args, world):
+    """Contrastive: each picture of a batch finds its caption among all, and each caption its picture (CLIP, Fig. 3)."""
+    clip, tokenizer = build_clip(CLIP).to(args.device), Tokenizer(TEXT)
+
+    def similarities(start, count, split="train"):
+        pixels, captions = world.pictures(args.seed + 1, start, count, split)
+        with args.autocast():
+            images = clip.encode_image(normalize_pixels(pixels), normalize=True)
+            texts = clip.encode_text(tokenizer(captions).to(args.device), normalize=True)
+        return images.float() @ texts.float().T
+
+    def loss_fn(step):
+        logits = clip.logit_scale.exp().clamp(max=100) * similarities(step * args.batch_size, args.batch_size)
+        target = torch.arange(len(logits), device=logits.device)
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        return loss, dict(accuracy=(logits.argmax(1) == target).float().mean())
+
+    record = run(args, clip, loss_fn)
+    with torch.no_grad():
+        right = [similarities(start, 100, "combinations").argmax(1) == torch.arange(100, device=args.device)
+                 for start in range(0, args.score_examples, 100)]
+    record["accuracy_1_of_100"] = round(float(torch.cat(right).float().mean()), 3)
+    save_clip(clip, CLIP, args.out / "mini-clip.safetensors", record)
+    return record
+
+
+# ---- the text-to-image base and the editor
+
+UNET = UNetConfig(in_channels=VAE.z_channels, out_channels=VAE.z_channels, model_channels=64, channel_mult=(1, 2, 2),
+                  num_res_blocks=1, attention_levels=(True, True, True), context_dim=TEXT.width, num_heads=None,
+                  head_channels=32)
+
+
+def train_base(args, world):
+    """Text to picture: v-prediction, a tenth of the captions dropped; the text tower goes on learning with the UNet."""
+    vae = load_vae(args.out / "vae.safetensors").to(args.device)
+    if args.init:
+        begun = load_checkpoint(args.init)
+        unet, text = begun.unet.requires_grad_(True), begun.text.requires_grad_(True)
+    else:
+        unet, text = UNet(UNET), TextEncoder(replace(TEXT, projection_dim=CLIP["embed_dim"]))
+        clip = load_clip(args.out / "mini-clip.safetensors")[0].state_dict()
+        text.load_state_dict({k: v for k, v in clip.items() if k in text.state_dict()})
+        start_as_identity(unet)
+        torch.nn.init.zeros_(unet.out[-1].weight)
+    model = nn.ModuleDict(dict(unet=unet, text=text)).to(args.device, memory_format=args.layout)
+    tokenizer = Tokenizer(TEXT)
+
+    def draw(start, count, split="train"):
+        pixels, captions = world.pictures(args.seed + 2, start, count, split)
+        return encode(vae, pixels, args) * vae.config.scale_factor, captions
+
+    pool = Pool(draw, args)
+
+    def loss_fn(step, batch=None, dropout=0.1, timesteps=args.timesteps):
+        rng = seeded(args.seed, step)
+        x0, captions = batch or pool.batch(step)
+        drop = torch.rand(len(x0), generator=rng) < dropout
+        t, noise = draw_timesteps(timesteps, len(x0), rng), torch.randn(x0.shape, generator=rng)
+        ids = tokenizer(["" if d else c for c, d in zip(captions, drop)]).to(args.device)
+        with args.autocast():
+            loss = diffusion_loss(unet, x0, text(ids), t.to(args.device), noise.to(args.device), "v")
+        return loss, {}
+
+    parts = Parts(unet, vae, text, "v", 128, {})
+    prompts = [world.caption(args.seed, i, "combinations")[1] for i in range(16)]
+
+    def sheet(path):
+        pictures = InstructPix2Pix(parts).generate(prompts, steps=20, cfg_text=args.cfg_text, progress=False)
+        save_image(contact_sheet(list(zip(pictures, prompts))), path)
+
+    record = run(args, model, loss_fn, sheet)
+    sheet(args.out / "base" / "sheet-final.png")
+    with torch.no_grad():
+        loss, _ = loss_fn(0, draw(0, args.score_examples, "combinations"), dropout=0, timesteps="uniform")
+    record["held_out_loss"] = round(loss.item(), 4)
+    record |= dict(cfg_text=args.cfg_text, autoencoder=history(read_state_dict(args.out / "vae.safetensors")[1]))
+    record |= {"init": history(begun.metadata)} if args.init else {}
+    save_checkpoint(parts, args.out / "mini-sd.safetensors", metadata=record, dtype=torch.float16)
+    return record
+
+
+def start_as_identity(module):
+    """Zero the last layer of every residual branch, so that a deep network begins as a shallow one."""
+    last_layers = {ResnetBlock: lambda m: m.conv2, AttnBlock: lambda m: m.proj_out, ResBlock: lambda m: m.out_layers[-1],
+                   SpatialTransformer: lambda m: m.proj_out}
+    for m in module.modules():
+        if type(m) in last_layers:
+            for p in last_layers[type(m)](m).parameters():
+                nn.init.zeros_(p)
