@@ -16,7 +16,7 @@ import torch
 from . import keys
 from .diffusers_folder import PREDICTION, read_folder, read_vae, write_folder
 from .tensorfiles import read_state_dict, replacing, write_safetensors
-from .text import TextConfig, TextEncoder, import_open_clip
+from .text import TextConfig, TextEncoder
 from .unet import UNet, UNetConfig
 from .vae import AutoencoderKL, VAEConfig
 
@@ -71,7 +71,6 @@ def load_checkpoint(path, *, device=None, dtype=None, vae=None, in_channels=None
     for part in ("vae", "text"):
         if not found.tensors.get(part):
             raise ValueError(f"{local}: holds no {NAMES[part]}" + ("; name one with `vae`" if part == "vae" else ""))
-    import_open_clip()                                   # not on the meta device, where models are built
     where = {"unet": local, "vae": vae or local, "text": local}
     unet, vae, text = (_build(part, found, where[part], device, dtype or torch.float32, in_channels) for part in MODELS)
 

@@ -1,17 +1,23 @@
 """CLIP's tokenizer and text encoder, which turn a prompt into the `context` of the UNet's cross-attention.
 
-Both are open_clip's. Stable Diffusion 1 takes the last layer of OpenAI's ViT-L/14 (quick GELU), Stable Diffusion 2 the
+The byte pairs are open_clip's. Stable Diffusion 1 takes the last layer of OpenAI's ViT-L/14 (quick GELU), Stable Diffusion 2 the
 last layer but one of OpenCLIP's ViT-H/14 (exact GELU), each followed by the final layer norm.
 """
+import importlib.util
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .attention import attend
 
 
 def import_open_clip():
-    """open_clip, imported where it is first needed: it takes longer than torch itself.
+    """open_clip, imported where CLIP itself is needed: it takes longer than torch.
 
     Of torchvision it needs only Python code, but a torchvision built for another torch (a CUDA wheel beside a CPU torch)
     fails on import for want of its compiled operators. Declaring those two is enough to go on without them.
@@ -29,6 +35,16 @@ def import_open_clip():
             warnings.simplefilter("ignore")
             import open_clip
     return open_clip
+
+
+@lru_cache
+def tokenizer_module():
+    """open_clip's tokenizer alone, a file that needs nothing of the rest."""
+    path = Path(importlib.util.find_spec("open_clip").origin).with_name("tokenizer.py")
+    spec = importlib.util.spec_from_file_location("ip2p.open_clip_tokenizer", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @dataclass(frozen=True)
@@ -49,7 +65,7 @@ class Tokenizer:
 
     def __init__(self, config: TextConfig = TextConfig()):
         self.config = config
-        self.bpe = bpe = import_open_clip().SimpleTokenizer(context_length=config.context_length)
+        self.bpe = bpe = tokenizer_module().SimpleTokenizer(context_length=config.context_length)
         num_merges = config.vocab_size - 2 * 256 - 2         # a token a byte, each also word-final, and start and end
         if num_merges != len(bpe.bpe_ranks):
             merges = list(bpe.bpe_ranks)[:num_merges]        # in order of rank
@@ -73,28 +89,47 @@ class Tokenizer:
         return ids
 
 
+class QuickGELU(nn.Module):
+    """The sigmoid's approximation of GELU that OpenAI's CLIP was trained with."""
+
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class ResidualAttentionBlock(nn.Module):
+    """A layer of CLIP's text transformer: causal self-attention, then two linear layers; each normalised first and added on."""
+
+    def __init__(self, width, heads, quick_gelu):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(width, heads)                  # its weights and their names; computed below
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.mlp = nn.ModuleDict(dict(c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU() if quick_gelu else nn.GELU(),
+                                      c_proj=nn.Linear(4 * width, width)))
+
+    def forward(self, x):
+        qkv = F.linear(self.ln_1(x), self.attn.in_proj_weight, self.attn.in_proj_bias)
+        x = x + self.attn.out_proj(attend(*qkv.chunk(3, dim=-1), self.attn.num_heads, causal=True))
+        return x + self.mlp.c_proj(self.mlp.gelu(self.mlp.c_fc(self.ln_2(x))))
+
+
 class TextEncoder(nn.Module):
     """The text tower of CLIP, by the names in OpenCLIP's checkpoints (below their prefix `cond_stage_model.model.`)."""
 
     def __init__(self, config: TextConfig = TextConfig()):
         super().__init__()
         self.config = c = config
-        open_clip = import_open_clip()
         self.token_embedding = nn.Embedding(c.vocab_size, c.width)
         self.positional_embedding = nn.Parameter(torch.empty(c.context_length, c.width))
         nn.init.normal_(self.positional_embedding, std=0.01)
-        gelu = open_clip.transformer.QuickGELU if c.quick_gelu else nn.GELU
-        self.transformer = open_clip.transformer.Transformer(c.width, c.layers, c.heads, act_layer=gelu)
+        blocks = [ResidualAttentionBlock(c.width, c.heads, c.quick_gelu) for _ in range(c.layers)]
+        self.transformer = nn.ModuleDict(dict(resblocks=nn.ModuleList(blocks)))
         self.ln_final = nn.LayerNorm(c.width)
         if c.projection_dim is not None:
             self.text_projection = nn.Parameter(torch.zeros(c.width, c.projection_dim))
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: (B, M) int64, M <= context_length. Returns the context, (B, M, width)."""
-        M = ids.shape[1]
-        x = self.token_embedding(ids) + self.positional_embedding[:M]
-        causal = torch.full((M, M), float("-inf"), device=x.device, dtype=x.dtype).triu(1)
-        blocks = self.transformer.resblocks
-        for block in blocks[:len(blocks) - self.config.skip_last]:
-            x = block(x, attn_mask=causal)
+        x = self.token_embedding(ids) + self.positional_embedding[:ids.shape[1]]
+        for block in self.transformer.resblocks[:self.config.layers - self.config.skip_last]:
+            x = block(x)
         return self.ln_final(x)
