@@ -1,0 +1,65 @@
+"""The paths through `attend`, and the text tower that is built on it, against formulas and open_clip."""
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ip2p.attention import attend
+from ip2p.text import TextConfig, TextEncoder, import_open_clip
+
+
+def formula(q, k, v, heads, causal):
+    """softmax(q k^T / sqrt(d)) v in float64, one head and one query at a time."""
+    q, k, v = (x.double().unflatten(-1, (heads, -1)) for x in (q, k, v))                # (B, tokens, heads, d)
+    out = torch.zeros_like(q)
+    for b in range(len(q)):
+        for h in range(heads):
+            for i in range(q.shape[1]):
+                seen = slice(0, i + 1) if causal else slice(None)
+                weights = (k[b, seen, h] @ q[b, i, h] / q.shape[-1] ** 0.5).softmax(0)
+                out[b, i, h] = weights @ v[b, seen, h]
+    return out.flatten(2)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype, trained, tolerance", [(torch.float32, False, 1e-6), (torch.float32, True, 1e-6),
+                                                       (torch.bfloat16, False, 1e-2), (torch.bfloat16, True, 1e-2)])
+def test_attention_equals_its_formula_forward_and_backward(causal, dtype, trained, tolerance):
+    """Relative errors; bfloat16 has 8 bits, so 1e-2 is two of its roundings. In training it goes without the fused kernel."""
+    rng = torch.Generator().manual_seed(0)
+    keys = 5 if causal else 3
+    q, k, v = (torch.randn(2, n, 12, generator=rng).to(dtype).requires_grad_(trained) for n in (5, keys, keys))
+    out, expected = attend(q, k, v, 3, causal), formula(q, k, v, 3, causal)
+    assert out.dtype == dtype and (out - expected).norm() < tolerance * expected.norm()
+    if trained:
+        weights = torch.randn(out.shape, generator=rng)
+        ours = torch.autograd.grad((out.float() * weights).sum(), (q, k, v))
+        theirs = torch.autograd.grad((expected * weights).sum(), (q, k, v))
+        assert all((a - b).norm() < 3 * tolerance * b.norm() for a, b in zip(ours, theirs))
+
+
+@pytest.mark.parametrize("quick_gelu, skip_last", [(True, 0), (False, 1)], ids=["SD1", "SD2"])
+def test_the_text_tower_equals_open_clips(quick_gelu, skip_last):
+    open_clip = import_open_clip()
+    width, layers = 64, 3
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs = open_clip.transformer.TextTransformer(
+            context_length=16, vocab_size=600, width=width, heads=4, layers=layers, output_dim=None, output_tokens=True,
+            act_layer=open_clip.transformer.QuickGELU if quick_gelu else torch.nn.GELU).eval()
+        ours = TextEncoder(TextConfig(600, 16, width, layers, 4, quick_gelu, skip_last))
+    ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if k in ours.state_dict()}, strict=True)
+    ids = torch.randint(0, 600, (2, 16), generator=torch.Generator().manual_seed(1))
+    x = theirs.token_embedding(ids) + theirs.positional_embedding
+    for block in theirs.transformer.resblocks[:layers - skip_last]:
+        x = block(x, attn_mask=theirs.attn_mask)
+    with torch.no_grad():
+        assert (ours(ids) - theirs.ln_final(x)).norm() < 1e-6 * x.norm()
+
+
+def test_an_editor_starts_without_importing_what_it_does_not_need():
+    """open_clip brings torchvision, and transformers where that is installed: twice the time of importing torch."""
+    code = ("import sys, ip2p.pipeline, ip2p.text; ip2p.text.Tokenizer(); "
+            "print(sorted({'open_clip', 'torchvision', 'transformers', 'diffusers', 'timm', 'pandas'} & set(sys.modules)))")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
