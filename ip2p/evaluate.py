@@ -1,9 +1,12 @@
 """Scores that do not guess: the miniature world knows the true edited picture.
 
+    python -m ip2p.evaluate edits            # is done what was asked, and nothing else? by kind, on held-out scenes
+    python -m ip2p.evaluate pictures         # do pictures made from captions show what these say?
+    python -m ip2p.evaluate curve            # the paper's figure: ours, SDEdit and Prompt-to-Prompt, by CLIP
     python -m ip2p.evaluate pairs            # what the share of attention does to drawn pairs, for both controls
 """
 import argparse
-import json
+import sys
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -12,24 +15,20 @@ import torch
 from tqdm import tqdm
 
 from .clip_filter import ClipSimilarity, Thresholds
+from .curve import evaluate_curve
 from .guidance import text_denoiser
 from .images import contact_sheet, save_image, to_images
 from .pipeline import InstructPix2Pix
 from .samplers import ddim_invert
-from .tensorfiles import replacing
+from .tables import decimal, percent, print_table, write_rows
+from .truth import FIXED, evaluate_edits, evaluate_pictures, psnr, through, unchanged
 from .world import World
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
-FIXED = ("time", "weather", "season", "color", "remove", "size")       # kinds whose instruction fixes the true picture
 CONTROLS = ("self-attention", "cross-attention")
 
 
-def psnr(x, y, where=None):
-    """Peak signal-to-noise ratio in dB, (B,), of pixels (B, 3, H, W) in [-1, 1]; where: (B, 1, H, W) bool, of these only."""
-    where = torch.ones_like(x[:, :1]) if where is None else where.float()
-    mse = ((x - y).square().mean(1, keepdim=True) * where).flatten(1).sum(1) / where.flatten(1).sum(1)
-    return 10 * (4 / mse).log10()
-
+# ---- pairs
 
 def evaluate_pairs(args):
     """For each control and share of the steps: the share of drawn pairs that CLIP keeps, and how close a pair comes to the
@@ -42,20 +41,20 @@ def evaluate_pairs(args):
     model, world = InstructPix2Pix.load(args.model, args.device), World(args.device)
     judge, thresholds = ClipSimilarity.load(args.clip, args.device), Thresholds.of(args.clip)
     cfg_text = model.parts.metadata.get("cfg_text", 7.5)
-    print(" ".join(f"{k}={v}" for k, v in vars(args).items()), f"cfg_text={cfg_text}", thresholds, flush=True)
+    print(f"cfg_text={cfg_text}", thresholds, flush=True)
 
     # The true pairs, and the noise that leads back to their sources.
     examples = [world.edit(args.seed, i, "combinations", FIXED[i % len(FIXED)]) for i in range(args.count)]
     before, after = (world.render([getattr(e, which) for e in examples]) for which in ("source", "target"))
     captions, edited = [e.caption for e in examples], [e.edited_caption for e in examples]
-    same = (before - after).abs().amax(1, keepdim=True) < 0.02
+    same = unchanged(before, after)
     batches = [range(i, min(i + args.batch_size, args.count)) for i in range(0, args.count, args.batch_size)]
     with torch.no_grad():
         z = torch.cat([model.vae.encode(before[list(b)]).mode() for b in batches]) * model.vae.config.scale_factor
         context, null = model.encode_text(captions), model.encode_text([""])
         x_T = torch.cat([ddim_invert(text_denoiser(model.predict, context[list(b)], null, 1.0), z[list(b)], args.steps,
                                      model.alphas_cumprod)[-1] for b in tqdm(batches, desc="inversion")])
-        floor = torch.cat([model.decode(model.vae.encode(after[list(b)]).mode() * model.vae.config.scale_factor) for b in batches])
+    floor = through(model.vae, after)
 
     rows = []
     for control, share in tqdm(list(product(args.controls, args.shares)), desc="controls"):
@@ -79,32 +78,105 @@ def evaluate_pairs(args):
                 (captions[i], edited[i], f"{control} {share:g}", ""))]
             save_image(contact_sheet(cells), args.sheet / f"{control}-{share:g}.png")
 
-    limits = dict(unedited=float(psnr(before, after).mean()), autoencoder=float(psnr(floor.cpu(), after).mean()))
-    print("| control | share | kept | direction | image | source, dB | edited, dB | unchanged part, dB |")
-    print("|---|--:|--:|--:|--:|--:|--:|--:|")
-    for r in rows:
-        print(f"| {r['control']} | {r['share']:.1f} | {r['kept']:.0%} | {r['sim_dir']:.2f} | {r['sim_image']:.2f} | "
-              f"{r['source_psnr']:.1f} | {r['psnr']:.1f} | {r['psnr_outside']:.1f} |")
-    print(f"The unedited picture: {limits['unedited']:.1f} dB; the true one through the autoencoder: {limits['autoencoder']:.1f} dB.")
-    if args.json:
-        with replacing(args.json) as temporary:
-            Path(temporary).write_text("".join(json.dumps(row | limits) + "\n" for row in rows))
+    limits = dict(unedited=float(psnr(before, after).mean()), autoencoder=float(psnr(floor, after).mean()))
+    print_table(["control", "share", "kept", "direction", "image", "source, dB", "edited, dB", "unchanged part, dB"], [
+        [r["control"], f"{r['share']:.1f}", percent(r["kept"]), f"{r['sim_dir']:.2f}", f"{r['sim_image']:.2f}",
+         decimal(r["source_psnr"]), decimal(r["psnr"]), decimal(r["psnr_outside"])] for r in rows])
+    print(f"The unedited picture: {limits['unedited']:.1f} dB; the true one through the autoencoder: "
+          f"{limits['autoencoder']:.1f} dB.")
+    write_rows(args.json, [row | limits for row in rows])
+
+
+# ---- the command line
+
+def check(args):
+    """ValueError for settings that cannot work."""
+    for name, least in (("count", 1 if args.what in ("pairs", "curve") else 2), ("batch_size", 1)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+    try:
+        torch.ones(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device} cannot be used here ({str(error).splitlines()[0]})") from None
+
+
+def run_command(argv=None):
+    """One evaluation, with one line on stderr for whatever the user can put right. Returns the exit status."""
+    args = parse(argv)
+    try:
+        check(args)
+        print(" ".join(f"{k}={v}" for k, v in vars(args).items() if k != "run"), flush=True)
+        args.run(args)
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"ip2p.evaluate: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m ip2p.evaluate", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="what", required=True, help="what to score")
+    editor, base, clip, scorer = (str(WEIGHTS / f"mini-{name}.safetensors") for name in ("ip2p", "sd", "clip", "scorer"))
+
+    def command(name, run, summary, count, of_what):
+        sub = commands.add_parser(name, description=run.__doc__, help=summary)
+        sub.set_defaults(run=run)
+        flag = sub.add_argument
+        flag("--count", type=int, default=count, help=f"{of_what} (default: %(default)s)")
+        flag("--batch-size", type=int, default=16, help="pictures made at a time (default: %(default)s)")
+        flag("--seed", type=int, default=0, help="default: %(default)s")
+        flag("--json", type=Path, help="a file for the rows, as jsonl (default: none)")
+        flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+        return flag
+
+    several = dict(type=int, nargs="+", default=[20], help="of the sampler; several give a row each (default: 20)")
+
+    flag = command("edits", evaluate_edits, "is done what was asked, and nothing else?", 1000,
+                   "edits, half of each held-out split, the same number of each kind")
+    flag("--model", nargs="+", default=[editor],
+         help="editors of the miniature world; several give a row each (default: weights/mini-ip2p.safetensors)")
+    flag("--scorer", default=scorer, help="default: weights/mini-scorer.safetensors")
+    flag("--steps", **several)
+    flag("--cfg-text", type=float, help="text guidance (default: each model's own)")
+    flag("--cfg-image", type=float, help="image guidance (default: each model's own)")
+    flag("--sheet", type=Path, help="a folder for sheets of the first and the worst edits (default: none)")
+
+    flag = command("pictures", evaluate_pictures, "do pictures show what their captions say?", 1000,
+                   "captions, half of each held-out split")
+    flag("--model", default=base,
+         help="a text-to-image model of the miniature world (default: weights/mini-sd.safetensors)")
+    flag("--scorer", default=scorer, help="default: weights/mini-scorer.safetensors")
+    flag("--steps", **several)
+    flag("--cfg-text", type=float, help="text guidance (default: the model's own)")
+
+    flag = command("curve", evaluate_curve, "the paper's figure", 100, "edits for each point")
+    flag("--model", default=editor, help="an editor (default: weights/mini-ip2p.safetensors)")
+    flag("--base", default=base, help="a text-to-image model, for the other methods (default: weights/mini-sd.safetensors)")
+    flag("--clip", default=clip, help="what judges (default: weights/mini-clip.safetensors)")
+    flag("--data", type=Path, help="a data set as make_data.py writes it, of which the last --count prompts are taken "
+         "(default: held-out edits of the miniature world)")
+    flag("--cfg-text", type=float, help="text guidance of all methods (default: each model's own, else 7.5)")
+    flag("--cfg-image", type=float, nargs="+", default=[1, 1.2, 1.4, 1.6, 1.8, 2, 2.2],
+         help="image guidance of the editor (default: 1 to 2.2)")
+    flag("--strengths", type=float, nargs="+", default=[.3, .4, .5, .6, .7, .8, .9], help="of SDEdit (default: .3 to .9)")
+    flag("--shares", type=float, nargs="+", default=[0, .2, .4, .6, .8, 1],
+         help="of the steps in which Prompt-to-Prompt uses the source's attention (default: 0 to 1)")
+    flag("--steps", type=int, default=20, help="of the sampler (default: %(default)s)")
+    flag("--plot", type=Path, help="a PNG file for the figure; takes matplotlib (default: none)")
+
+    flag = command("pairs", evaluate_pairs, "what the share of attention does to drawn pairs", 96,
+                   "pairs for each row")
+    flag("--model", default=base,
+         help="a text-to-image model of the miniature world (default: weights/mini-sd.safetensors)")
+    flag("--clip", default=clip, help="the filter (default: weights/mini-clip.safetensors)")
+    flag("--controls", choices=CONTROLS, nargs="+", default=CONTROLS, help="default: both")
+    flag("--shares", type=float, nargs="+", default=[i / 10 for i in range(1, 10)],
+         help="of the steps (default: .1 to .9)")
+    flag("--steps", type=int, default=20, help="of the sampler (default: %(default)s)")
+    flag("--sheet", type=Path, help="a folder for contact sheets (default: none)")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m ip2p.evaluate", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["pairs"], help="what to score")
-    parser.add_argument("--model", default=str(WEIGHTS / "mini-sd.safetensors"), help="a text-to-image model of the miniature "
-                        "world (default: weights/mini-sd.safetensors)")
-    parser.add_argument("--clip", default=str(WEIGHTS / "mini-clip.safetensors"), help="the filter (default: weights/mini-clip.safetensors)")
-    parser.add_argument("--controls", choices=CONTROLS, nargs="+", default=CONTROLS, help="default: both")
-    parser.add_argument("--shares", type=float, nargs="+", default=[i / 10 for i in range(1, 10)], help="of the steps (default: .1 to .9)")
-    parser.add_argument("--count", type=int, default=96, help="pairs for each row (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=20, help="of the sampler (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=16, help="pairs drawn at a time (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--sheet", type=Path, help="a folder for contact sheets (default: none)")
-    parser.add_argument("--json", type=Path, help="a file for the rows, as jsonl (default: none)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    evaluate_pairs(parser.parse_args())
+    sys.exit(run_command())

@@ -72,8 +72,8 @@ class Block(nn.Module):
 
 
 class Scorer(nn.Module):
-    """Pixels (B, 3, 128, 128) in [-1, 1] to logits: place (B, P), condition (B, 9), style (B, 6), things (B, N) that a noun is
-    there; and for each noun, supposing that it is: color (B, N, 12), size (B, N, 3) and position (B, N, 2) in [0, 1].
+    """Pixels (B, 3, 128, 128) in [-1, 1] to logits: place (B, P), condition (B, 9), style (B, 6), things (B, N) that a noun
+    is there; and for each noun, supposing that it is: color (B, N, 12), size (B, N, 3) and position (B, N, 2) in [0, 1].
 
     nouns, places, colors: their names. Each noun has a map over 8 x 8 cells that says where it is.
     """
@@ -83,24 +83,28 @@ class Scorer(nn.Module):
         self.nouns, self.places, self.colors = list(nouns), list(places), ["", *colors]
         a, b, c = widths
         self.conv_in = nn.Conv2d(3, a, 8, stride=4, padding=2)
-        self.trunk = nn.Sequential(Block(a), nn.Conv2d(a, b, 3, stride=2, padding=1), Block(b), Block(b),
-                                   nn.Conv2d(b, c, 3, stride=2, padding=1), Block(c), Block(c), nn.GroupNorm(8, c), nn.SiLU())
+        self.trunk = nn.Sequential(Block(a), nn.Conv2d(a, b, 3, stride=2, padding=1), Block(b), Block(b), nn.Conv2d(
+            b, c, 3, stride=2, padding=1), Block(c), Block(c), nn.GroupNorm(8, c), nn.SiLU())
         self.maps = nn.Conv2d(c, len(self.nouns), 1)
         nn.init.constant_(self.maps.bias, -8.)                       # at first nothing is there
         self.scene = nn.Linear(c, len(self.places) + len(CONDITION_NAMES) + len(STYLE_NAMES))
-        self.thing = nn.Sequential(nn.Linear(c, 128), nn.SiLU(), nn.Linear(128, len(self.colors) + len(SIZES)))
+        self.thing = nn.Sequential(nn.Linear(c, 128), nn.SiLU(), nn.Linear(128, len(self.colors) + len(SIZES) + 2))
+        nn.init.zeros_(self.thing[-1].weight)
+        nn.init.zeros_(self.thing[-1].bias)
         side = (torch.arange(8) + .5) / 8
-        self.register_buffer("cells", torch.cartesian_prod(side, side).flip(1), persistent=False)      # (64, 2), x first
+        self.register_buffer("cells", torch.cartesian_prod(side, side).flip(1), persistent=False)     # (64, 2), x first
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
         features = self.trunk(self.conv_in(pixels))
         maps = self.maps(features).flatten(2).float()                # (B, N, 64)
         shares = maps.softmax(-1)
         names = ("place", "condition", "style")
-        scene = self.scene(features.mean((2, 3))).float().split([len(self.places), len(CONDITION_NAMES), len(STYLE_NAMES)], 1)
+        scene = self.scene(features.mean((2, 3))).float()
+        scene = scene.split([len(self.places), len(CONDITION_NAMES), len(STYLE_NAMES)], 1)
         thing = self.thing(shares.to(features.dtype) @ features.flatten(2).mT).float()
-        color, size = thing.split([len(self.colors), len(SIZES)], -1)
-        return dict(zip(names, scene)) | dict(things=maps.logsumexp(-1), color=color, size=size, position=shares @ self.cells)
+        color, size, offset = thing.split([len(self.colors), len(SIZES), 2], -1)      # from the map's centre to the thing's
+        position = shares @ self.cells + offset
+        return dict(zip(names, scene), things=maps.logsumexp(-1), color=color, size=size, position=position)
 
     @torch.no_grad()
     def read(self, pixels: Tensor) -> list[Reading]:
@@ -109,12 +113,12 @@ class Scorer(nn.Module):
         for batch in pixels.split(64):
             out = self(batch.to(self.cells.device))
             there, position = (out["things"] > 0).cpu(), out["position"].cpu()
-            best = {name: out[name].argmax(-1).tolist() for name in ("place", "condition", "style", "color", "size")}
+            place, condition, style, color, size = (out[name].argmax(-1).tolist() for name in
+                                                    ("place", "condition", "style", "color", "size"))
             for i in range(len(batch)):
-                things = {self.nouns[n]: Seen(self.colors[best["color"][i][n]], list(SIZES)[best["size"][i][n]], *position[i, n].tolist())
+                things = {self.nouns[n]: Seen(self.colors[color[i][n]], list(SIZES)[size[i][n]], *position[i, n].tolist())
                           for n in there[i].nonzero().flatten().tolist()}
-                readings.append(Reading(self.places[best["place"][i]], CONDITION_NAMES[best["condition"][i]],
-                                        STYLE_NAMES[best["style"][i]], things))
+                readings.append(Reading(self.places[place[i]], CONDITION_NAMES[condition[i]], STYLE_NAMES[style[i]], things))
         return readings
 
 
@@ -139,7 +143,8 @@ def scorer_loss(scorer: Scorer, pixels: Tensor, readings: list[Reading]) -> Tens
     (`read_scene`). Colours are not asked of pictures without any."""
     out, device = scorer(pixels), pixels.device
     index = lambda names, values: torch.tensor([names.index(v) for v in values], device=device)
-    rows, nouns, seen = zip(*((i, scorer.nouns.index(noun), thing) for i, r in enumerate(readings) for noun, thing in r.things.items()))
+    rows, nouns, seen = zip(*((i, scorer.nouns.index(noun), thing) for i, r in enumerate(readings)
+                              for noun, thing in r.things.items()))
     rows, nouns = torch.tensor(rows, device=device), torch.tensor(nouns, device=device)
     there = torch.zeros_like(out["things"])
     there[rows, nouns] = 1
@@ -157,18 +162,20 @@ def scorer_loss(scorer: Scorer, pixels: Tensor, readings: list[Reading]) -> Tens
 
 
 def compare(world: World, reading: Reading, truth: Reading) -> dict[str, list[bool]]:
-    """By attribute, whether a reading says the truth: once for each picture, and for each thing there as to its color, size and
-    position. "things": exactly those that are there. Nothing is said of colours, nor of the condition, without colour."""
-    found = dict(place=[reading.place == truth.place], style=[reading.style == truth.style],
-                 things=[set(reading.things) == set(truth.things)], size=[], position=[])
-    if truth.style not in COLORLESS:
-        found |= dict(condition=[reading.condition == truth.condition], color=[])
-    for noun, true in truth.things.items():
-        seen = reading.things.get(noun)
-        found["size"].append(bool(seen) and seen.size == true.size)
-        found["position"].append(bool(seen) and near(seen, true))
-        if "color" in found:
-            found["color"].append(bool(seen) and same_color(world, noun, seen.color, true.color))
+    """By attribute, whether a reading says the truth: once for each picture, and for each thing that is there and seen as to
+    its color, size and position. "things": exactly those that are there are seen. Colours and the condition are not asked
+    of pictures without colour."""
+    found = dict(things=[reading.things.keys() == truth.things.keys()], color=[], size=[], position=[],
+                 place=[reading.place == truth.place], condition=[], style=[reading.style == truth.style])
+    colored = truth.style not in COLORLESS
+    if colored:
+        found["condition"].append(reading.condition == truth.condition)
+    for noun in truth.things.keys() & reading.things.keys():
+        seen, true = reading.things[noun], truth.things[noun]
+        found["size"].append(seen.size == true.size)
+        found["position"].append(near(seen, true))
+        if colored:
+            found["color"].append(same_color(world, noun, seen.color, true.color))
     return found
 
 

@@ -1,0 +1,143 @@
+"""The paper's figure: how far a picture follows its edit against how much of it stays, by CLIP (InstructPix2Pix, Sec. 4).
+
+Three methods over what each trades the one for the other by: the editor over image guidance, SDEdit over its strength,
+Prompt-to-Prompt with DDIM inversion over the share of the steps with the source's attention. The last two are told what
+the pictures show before and after the edit, the editor only the instruction.
+"""
+import statistics
+from pathlib import Path
+
+import torch
+from PIL import ImageOps
+from tqdm import tqdm
+
+from .clip_filter import ClipSimilarity
+from .data import find_pairs, prompt_texts, read_json
+from .guidance import text_denoiser
+from .images import open_image, to_images, to_pixels
+from .inversion import sdedit
+from .pipeline import InstructPix2Pix
+from .samplers import ddim_invert
+from .tables import decimal, print_table, write_rows
+from .tensorfiles import replacing
+from .world import KINDS, SIZE, World
+
+METHODS = {"ip2p": ("InstructPix2Pix", "image guidance"), "sdedit": ("SDEdit", "strength"),      # name and setting
+           "p2p": ("Prompt-to-Prompt, DDIM inversion", "share of the steps"), "data": ("edited pictures of the data", "")}
+
+
+def evaluate_curve(args):
+    """CLIP's direction similarity (does the picture change as its caption does?) against its image similarity (is it still
+    the same picture?), each method at each of its settings. A row, and a point of the plot, is the mean over all edits."""
+    plt = import_pyplot() if args.plot else None
+    editor, base = (InstructPix2Pix.load(path, args.device) for path in (args.model, args.base))
+    base.check_makes_pictures()
+    judge, size = ClipSimilarity.load(args.clip, args.device), base.parts.image_size
+    before, after, instructions, captions, edited = read_pairs(args, size) if args.data else world_pairs(args, size)
+    batches = [slice(i, i + args.batch_size) for i in range(0, len(before), args.batch_size)]
+    text, base_text = (model.parts.metadata.get("cfg_text", 7.5) if args.cfg_text is None else args.cfg_text
+                       for model in (editor, base))
+    print(f"{len(before)} edits, text guidance {text:g} and {base_text:g}", flush=True)
+
+    def ip2p(b, cfg_image):
+        pictures = editor.edit(to_images(before[b]), instructions[b], steps=args.steps, cfg_text=text,
+                               cfg_image=cfg_image, seed=args.seed, size=size, progress=False)
+        return torch.stack([to_pixels(p, size, size) for p in pictures])
+
+    def by_sdedit(b, strength):
+        pictures = [sdedit(base, image, caption, strength=strength, steps=args.steps, cfg_text=base_text, seed=args.seed,
+                           progress=False) for image, caption in zip(to_images(before[b]), edited[b])]
+        return torch.stack([to_pixels(p, size, size) for p in pictures])
+
+    inverted = {}                                                            # the noise of each batch, made once
+
+    def p2p(b, share):
+        if b.start not in inverted:
+            inverted[b.start] = invert(base, before[b], captions[b], args.steps)
+        n = len(captions[b])
+        return base.draw_pairs(captions[b], edited[b], [args.seed] * n, [share] * n, [base_text] * n, steps=args.steps,
+                               sampler="ddim", control="cross-attention", x_T=inverted[b.start])[1]
+
+    def point(method, value, draw):
+        scores = [s for b in batches for s in judge(before[b], draw(b, value), captions[b], edited[b])]
+        mean = lambda name: statistics.fmean(s[f"clip_sim_{name}"] for s in scores)
+        return dict(method=method, value=value, sim_direction=mean("dir"), sim_image=mean("image"), sim_0=mean("0"),
+                    sim_1=mean("1"), count=len(scores), steps=args.steps)
+
+    runs = [("ip2p", ip2p, v) for v in args.cfg_image] + [("sdedit", by_sdedit, v) for v in args.strengths] \
+        + [("p2p", p2p, v) for v in args.shares]
+    rows = [point("data", None, lambda b, _: after[b])]
+    for method, draw, value in tqdm(runs, desc="points", dynamic_ncols=True):
+        rows.append(point(method, value, draw))
+        write_rows(args.json, rows)
+    print_table(["method", "setting", "direction", "image"], [
+        [METHODS[row["method"]][0], decimal(row["value"]), decimal(row["sim_direction"], 3), decimal(row["sim_image"], 3)]
+        for row in rows])
+    if args.plot:
+        plot(plt, rows, args.plot)
+
+
+@torch.no_grad()
+def invert(model, pixels, captions, steps):
+    """The noise that DDIM under their captions leads back to pictures (B, 3, H, W): (B, z, h, w)."""
+    z = model.vae.encode(pixels.to(model.device, model.dtype)).mode().float() * model.vae.config.scale_factor
+    denoise = text_denoiser(model.predict, model.encode_text(captions), model.encode_text([""]), 1.0)
+    return ddim_invert(denoise, z, steps, model.alphas_cumprod)[-1]
+
+
+# ---- edits: (before, after, instructions, captions, edited captions), pixels (B, 3, size, size) in [-1, 1]
+
+def world_pairs(args, size):
+    """Held-out edits of the miniature world, all kinds in turn."""
+    if size != SIZE:
+        raise ValueError(f"{args.base} makes pictures of {size} pixels, the miniature world's have {SIZE}: give --data")
+    world = World(args.device)
+    edits = [world.edit(args.seed, i, "combinations", KINDS[i % len(KINDS)]) for i in range(args.count)]
+    before, after = (world.render([getattr(e, which) for e in edits]) for which in ("source", "target"))
+    return before, after, *([getattr(e, name) for e in edits] for name in ("instruction", "caption", "edited_caption"))
+
+
+def read_pairs(args, size):
+    """The first pair of each of the last prompts of a data set (training holds the last tenth back), cropped square."""
+    pairs = find_pairs(args.data)
+    rows = []
+    for i in range(max(0, len(pairs) - args.count), len(pairs)):
+        before, after, prompt = pairs[i][0]
+        if not isinstance(prompt, Path):
+            raise ValueError(f"{args.data}: a data set without captions; needed folders with a prompt.json each")
+        caption, instruction, edited = prompt_texts(read_json(prompt), prompt)
+        pixels = (to_pixels(ImageOps.fit(open_image(path), (size, size)), size, size) for path in (before, after))
+        rows.append((*pixels, instruction, caption, edited))
+    before, after, *texts = zip(*rows)
+    return torch.stack(before), torch.stack(after), *map(list, texts)
+
+
+# ---- the figure
+
+def import_pyplot():
+    """matplotlib's pyplot, drawing to files. ValueError if it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("--plot takes matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
+def plot(plt, rows, path):
+    """A line for each method, its settings beside its points."""
+    figure, axes = plt.subplots(figsize=(7, 5), dpi=120)
+    for method, (name, setting) in METHODS.items():
+        points = [row for row in rows if row["method"] == method]
+        x, y = ([row[key] for row in points] for key in ("sim_image", "sim_direction"))
+        axes.plot(x, y, marker="o" if setting else "*", label=f"{name} ({setting})" if setting else name)
+        for row, *place in zip(points, x, y):
+            axes.annotate(decimal(row["value"]), place, xytext=(4, 4), textcoords="offset points", fontsize=7)
+    axes.set(xlabel="CLIP image similarity: still the same picture", ylabel="CLIP direction similarity: changed as asked")
+    axes.grid(alpha=.3)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+    plt.close(figure)
