@@ -41,10 +41,14 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(context_dim, query_dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(query_dim, query_dim))     # a Sequential for its public name, to_out.0
 
-    def forward(self, x: Tensor, context: Tensor | None = None, control: Callable | None = None) -> Tensor:
-        """x: (B, N, query_dim); context: (B, M, context_dim). Returns (B, N, query_dim)."""
-        is_cross, context = context is not None, x if context is None else context
-        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+    def keys_and_values(self, context):
+        return self.to_k(context), self.to_v(context)
+
+    def forward(self, x: Tensor, context: Tensor | dict | None = None, control: Callable | None = None) -> Tensor:
+        """x: (B, N, query_dim); context: (B, M, context_dim), or the keys and values of it by layer (`UNet.read_text`).
+        Returns (B, N, query_dim)."""
+        is_cross, q = context is not None, self.to_q(x)
+        k, v = context[self] if isinstance(context, dict) else self.keys_and_values(context if is_cross else x)
         return self.to_out(attend(q, k, v, self.heads) if control is None else control(q, k, v, self.heads, is_cross))
 
 
@@ -88,12 +92,11 @@ class BasicTransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the pixels of a feature map.
 
-    linear_proj: project with Linear layers (Stable Diffusion 2) rather than with 1x1 convolutions (1.x).
+    linear_proj: the projections are stored as Linear layers (Stable Diffusion 2) rather than as 1x1 convolutions (1.x).
     """
 
     def __init__(self, channels, context_dim, heads, depth=1, linear_proj=False, groups=32):
         super().__init__()
-        self.linear_proj = linear_proj
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)     # not the 1e-5 of the UNet's other norms
         projection = (lambda: nn.Linear(channels, channels)) if linear_proj else (lambda: nn.Conv2d(channels, channels, 1))
         self.proj_in = projection()
@@ -102,18 +105,10 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor, control: Callable | None = None) -> Tensor:
         """x: (B, C, H, W); context: (B, M, context_dim). Returns (B, C, H, W)."""
-        B, C, H, W = x.shape
-        h = self.norm(x)
-        if not self.linear_proj:
-            h = self.proj_in(h)
-        h = h.flatten(2).mT                                       # (B, H*W, C)
-        if self.linear_proj:
-            h = self.proj_in(h)
+        H, W = x.shape[2:]
+        h = self.norm(x).flatten(2).mT                            # (B, H*W, C)
+        h = F.linear(h, self.proj_in.weight.flatten(1), self.proj_in.bias)      # a 1x1 convolution is a linear layer
         for block in self.transformer_blocks:
             h = block(h, context, control)
-        if self.linear_proj:
-            h = self.proj_out(h)
-        h = h.mT.unflatten(2, (H, W))                             # (B, C, H, W)
-        if not self.linear_proj:
-            h = self.proj_out(h)
-        return x + h
+        h = F.linear(h, self.proj_out.weight.flatten(1), self.proj_out.bias)
+        return x + h.mT.unflatten(2, (H, W))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def instruct_denoiser(predict: Callable, context: Tensor, null_context: Tensor, image_latents: Tensor,
-                      cfg_text: float, cfg_image: float) -> Callable:
+                      cfg_text: float, cfg_image: float, read_text: Callable | None = None) -> Callable:
     """denoise(x_t, t) -> eps for an editor, guided over text and image (arXiv:2211.09800, Eq. 3), in float32:
 
     eps = e(0, 0) + s_I (e(I, 0) - e(0, 0)) + s_T (e(I, T) - e(I, 0)).
@@ -17,31 +17,33 @@ def instruct_denoiser(predict: Callable, context: Tensor, null_context: Tensor, 
     predict: (x, t, context) -> eps, with x of (N, 2 z, h, w) and t of (N,).
     context, null_context: (B, M, D), the instruction and what stands for its absence ("" or a negative prompt).
     image_latents: (B, z, h, w), unscaled in InstructPix2Pix. cfg_text, cfg_image: s_T and s_I, any finite number.
+    read_text: turns the contexts of all branches, once, into what `predict` takes in their place.
     Each step evaluates [text + image, image, nothing] in one batch. Where a branch's weight is zero it is left out:
     s_I = 1 drops "nothing" (two evaluations), s_T = s_I drops "image" (two), and s_T = s_I = 1 leaves one.
     """
     branches = [(cfg_text, context, image_latents),                         # (weight, text, image)
                 (cfg_image - cfg_text, null_context, image_latents),
                 (1 - cfg_image, null_context, torch.zeros_like(image_latents))]
-    return _weighted_denoiser(predict, [b for b in branches if b[0] != 0], join_image=True)
+    return _weighted_denoiser(predict, [b for b in branches if b[0] != 0], True, read_text)
 
 
-def text_denoiser(predict: Callable, context: Tensor, null_context: Tensor, cfg_text: float | Tensor) -> Callable:
+def text_denoiser(predict: Callable, context: Tensor, null_context: Tensor, cfg_text: float | Tensor,
+                  read_text: Callable | None = None) -> Callable:
     """denoise(x_t, t) -> eps with classifier-free guidance for text alone (Ho & Salimans 2022, arXiv:2207.12598):
     eps = e(0) + s (e(T) - e(0)). One evaluation where s is 1 or 0, else [text, nothing] in one batch. cfg_text: s, or one
     for each picture, (B,). Shapes as in `instruct_denoiser`."""
     if torch.is_tensor(cfg_text):
         cfg_text = cfg_text[:, None, None, None]
     branches = [(cfg_text, context, None), (1 - cfg_text, null_context, None)]
-    return _weighted_denoiser(predict, [b for b in branches if torch.is_tensor(cfg_text) or b[0] != 0], join_image=False)
+    return _weighted_denoiser(predict, [b for b in branches if torch.is_tensor(cfg_text) or b[0] != 0], False, read_text)
 
 
-def _weighted_denoiser(predict, branches, join_image):
+def _weighted_denoiser(predict, branches, join_image, read_text):
     """The sum of weight x prediction over branches. The weights add up to 1, so it is the guided eps: the formulas
     above with their terms collected. It holds for v as well, which is an affine function of eps."""
     weights, texts, images = zip(*branches)
     n = len(branches)
-    context = torch.cat(texts)
+    context = torch.cat(texts) if read_text is None else read_text(torch.cat(texts))
     image_latents = torch.cat(images) if join_image else None
 
     def denoise(x_t, t):

@@ -71,13 +71,18 @@ class InstructPix2Pix:
         """The context of each prompt, (B, M, D): (B, 77, 768) for Stable Diffusion 1. Long prompts lose their end."""
         return self.text(self.tokenizer(prompts).to(self.device))
 
-    def predict(self, x: Tensor, t: Tensor, context: Tensor, control=None) -> Tensor:
+    def read_text(self, context: Tensor) -> dict:
+        """What the UNet makes of a context, (B, M, D), at every step alike."""
+        return self.unet.read_text(context.to(self.dtype))
+
+    def predict(self, x: Tensor, t: Tensor, context: Tensor | dict, control=None) -> Tensor:
         """eps of the noisy latents in x, whatever the UNet predicts.
 
-        x: (B, z or 2 z, h, w) float32, noisy latents first; t: (B,); context: (B, M, D); control: see `UNet.forward`.
-        Returns (B, z, h, w) float32.
+        x: (B, z or 2 z, h, w) float32, noisy latents first; t: (B,); context: (B, M, D), or what `read_text` makes of it;
+        control: see `UNet.forward`. Returns (B, z, h, w) float32.
         """
-        out = self.unet(x.to(self.dtype), t, context.to(self.dtype), control).float()
+        context = context if isinstance(context, dict) else context.to(self.dtype)
+        out = self.unet(x.to(self.dtype), t, context, control).float()
         if self.parts.parameterization == "v":
             out = eps_from_v(out, x[:, :out.shape[1]], t, self.alphas_cumprod)
         return out
@@ -118,7 +123,7 @@ class InstructPix2Pix:
             if told:
                 texts = [prompts[i] for i in batch for _ in range(num_images)]
                 denoise = instruct_denoiser(self.predict, self.encode_text(texts), self._null(negative_prompt, len(texts)),
-                                            latents, cfg_text, cfg_image)
+                                            latents, cfg_text, cfg_image, self.read_text)
                 z = self._sample(denoise, latents.shape, steps, sampler, _seeds(seed, num_images, len(texts)), x_T, eta, progress)
                 latents = z / self.vae.config.scale_factor                # the image latents above are unscaled
             pictures = to_images(self.vae.decode(latents.to(self.dtype)))
@@ -188,9 +193,9 @@ class InstructPix2Pix:
                              f"steps, got {shape[0]} in {steps - first}")
         run = control and ControlledRun(control, *shape[2:], self.device)
         predict = run.predicting(self.predict) if run else self.predict
-        by_step = null_context if isinstance(null_context, list) else [null_context]
         context = self.encode_text(texts)
-        denoisers = cycle([text_denoiser(predict, context, null, cfg_text) for null in by_step])
+        by_step, read_text = (null_context, None) if isinstance(null_context, list) else ([null_context], self.read_text)
+        denoisers = cycle([text_denoiser(predict, context, null, cfg_text, read_text) for null in by_step])
         return self._sample(lambda x, t: next(denoisers)(x, t), shape, steps, sampler, seeds, x_T, eta, progress,
                             after_step=run and run.after_step, **{"first": first} if first else {})
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from .attention import SpatialTransformer
+from .attention import BasicTransformerBlock, SpatialTransformer
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,14 @@ class Upsample(nn.Module):
 class Stage(nn.Sequential):
     """Layers in a row, each given what it needs: ResBlocks the timestep, transformers the text and the control."""
 
+    recompute = False            # in training: keep the input alone, and compute the rest again for the gradients
+
     def forward(self, x, emb, context, control):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.run, x, emb, context, control, use_reentrant=False, preserve_rng_state=False)
+        return self.run(x, emb, context, control)
+
+    def run(self, x, emb, context, control):
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
@@ -137,12 +145,18 @@ class UNet(nn.Module):
         self.out = nn.Sequential(nn.GroupNorm(c.norm_groups, width), nn.SiLU(),
                                  nn.Conv2d(width, c.out_channels, 3, padding=1))
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, control: Callable | None = None) -> Tensor:
+    def read_text(self, context: Tensor) -> dict:
+        """Keys and values of `context`, (B, M, context_dim), in every cross-attention layer: all that the text is to the UNet.
+        In its place they save computing them anew at every step."""
+        blocks = (m for m in self.modules() if isinstance(m, BasicTransformerBlock))
+        return {block.attn2: block.attn2.keys_and_values(context) for block in blocks}
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | dict, control: Callable | None = None) -> Tensor:
         """What the model predicts of the noise: eps, or v where it was trained to.
 
         x: (B, in_channels, h, w) latents, h and w multiples of 2 ** (levels - 1); t: (B,) timesteps in 0..999, which
-        may be fractions; context: (B, M, context_dim); control: what takes the place of `attend` in every attention layer.
-        Returns (B, out_channels, h, w).
+        may be fractions; context: (B, M, context_dim), or what `read_text` makes of it; control: what takes the place of
+        `attend` in every attention layer. Returns (B, out_channels, h, w).
         """
         emb = timestep_embedding(t, self.config.model_channels)
         emb = self.time_embed(emb.to(self.time_embed[0].weight.dtype))

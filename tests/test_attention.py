@@ -7,6 +7,7 @@ import torch
 
 from ip2p.attention import attend
 from ip2p.text import TextConfig, TextEncoder, import_open_clip
+from ip2p.unet import UNet, UNetConfig
 
 
 def formula(q, k, v, heads, causal):
@@ -56,6 +57,17 @@ def test_the_text_tower_equals_open_clips(quick_gelu, skip_last):
         x = block(x, attn_mask=theirs.attn_mask)
     with torch.no_grad():
         assert (ours(ids) - theirs.ln_final(x)).norm() < 1e-6 * x.norm()
+
+
+def test_a_text_read_once_is_the_same_to_every_layer():
+    unet = UNet(UNetConfig(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(True, True),
+                           transformer_depth=2, context_dim=24, num_heads=2, norm_groups=8))
+    rng = torch.Generator().manual_seed(0)
+    x, context = torch.randn(2, 4, 8, 8, generator=rng), torch.randn(2, 5, 24, generator=rng)
+    with torch.no_grad():
+        read = unet.read_text(context)
+        assert len(read) == 2 * 7                                          # two down, one in the middle, four up; two deep
+        assert torch.equal(unet(x, torch.tensor([3, 900]), read), unet(x, torch.tensor([3, 900]), context))
 
 
 def test_an_editor_starts_without_importing_what_it_does_not_need():
