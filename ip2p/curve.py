@@ -30,7 +30,7 @@ def evaluate_curve(args):
     """CLIP's direction similarity (does the picture change as its caption does?) against its image similarity (is it still
     the same picture?), each method at each of its settings. A row, and a point of the plot, is the mean over all edits."""
     plt = import_pyplot() if args.plot else None
-    editor, base = (InstructPix2Pix.load(path, args.device) for path in (args.model, args.base))
+    editor, base = (InstructPix2Pix.load(path, args.device, args.dtype) for path in (args.model, args.base))
     base.check_makes_pictures()
     judge, size = ClipSimilarity.load(args.clip, args.device), base.parts.image_size
     before, after, instructions, captions, edited = read_pairs(args, size) if args.data else world_pairs(args, size)
@@ -70,9 +70,9 @@ def evaluate_curve(args):
     for method, draw, value in tqdm(runs, desc="points", dynamic_ncols=True):
         rows.append(point(method, value, draw))
         write_rows(args.json, rows)
-    print_table(["method", "setting", "direction", "image"], [
-        [METHODS[row["method"]][0], decimal(row["value"]), decimal(row["sim_direction"], 3), decimal(row["sim_image"], 3)]
-        for row in rows])
+    print_table(["method", "setting", "direction", "image"],
+                [[METHODS[row["method"]][0], setting_of(row), decimal(row["sim_direction"], 3), decimal(row["sim_image"], 3)]
+                 for row in rows])
     if args.plot:
         plot(plt, rows, args.plot)
 
@@ -114,6 +114,10 @@ def read_pairs(args, size):
 
 # ---- the figure
 
+def setting_of(row):
+    return "" if row["value"] is None else f"{row['value']:g}"
+
+
 def import_pyplot():
     """matplotlib's pyplot, drawing to files. ValueError if it is not installed."""
     try:
@@ -133,7 +137,7 @@ def plot(plt, rows, path):
         x, y = ([row[key] for row in points] for key in ("sim_image", "sim_direction"))
         axes.plot(x, y, marker="o" if setting else "*", label=f"{name} ({setting})" if setting else name)
         for row, *place in zip(points, x, y):
-            axes.annotate(decimal(row["value"]), place, xytext=(4, 4), textcoords="offset points", fontsize=7)
+            axes.annotate(setting_of(row), place, xytext=(4, 4), textcoords="offset points", fontsize=7)
     axes.set(xlabel="CLIP image similarity: still the same picture", ylabel="CLIP direction similarity: changed as asked")
     axes.grid(alpha=.3)
     axes.legend(fontsize=8)

@@ -15,16 +15,15 @@ import torch
 from tqdm import tqdm
 
 from .clip_filter import ClipSimilarity, Thresholds
-from .curve import evaluate_curve
-from .guidance import text_denoiser
+from .curve import evaluate_curve, invert
 from .images import contact_sheet, save_image, to_images
 from .pipeline import InstructPix2Pix
-from .samplers import ddim_invert
 from .tables import decimal, percent, print_table, write_rows
 from .truth import FIXED, evaluate_edits, evaluate_pictures, psnr, through, unchanged
 from .world import World
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
+DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
 CONTROLS = ("self-attention", "cross-attention")
 
 
@@ -38,7 +37,7 @@ def evaluate_pairs(args):
     under its caption), both pictures are drawn from that noise, and the edited one is compared with the true edited
     picture: all over, and outside of what truly changed. Kinds of edits whose instruction fixes the true picture only.
     """
-    model, world = InstructPix2Pix.load(args.model, args.device), World(args.device)
+    model, world = InstructPix2Pix.load(args.model, args.device, args.dtype), World(args.device)
     judge, thresholds = ClipSimilarity.load(args.clip, args.device), Thresholds.of(args.clip)
     cfg_text = model.parts.metadata.get("cfg_text", 7.5)
     print(f"cfg_text={cfg_text}", thresholds, flush=True)
@@ -49,11 +48,8 @@ def evaluate_pairs(args):
     captions, edited = [e.caption for e in examples], [e.edited_caption for e in examples]
     same = unchanged(before, after)
     batches = [range(i, min(i + args.batch_size, args.count)) for i in range(0, args.count, args.batch_size)]
-    with torch.no_grad():
-        z = torch.cat([model.vae.encode(before[list(b)]).mode() for b in batches]) * model.vae.config.scale_factor
-        context, null = model.encode_text(captions), model.encode_text([""])
-        x_T = torch.cat([ddim_invert(text_denoiser(model.predict, context[list(b)], null, 1.0), z[list(b)], args.steps,
-                                     model.alphas_cumprod)[-1] for b in tqdm(batches, desc="inversion")])
+    x_T = torch.cat([invert(model, before[list(b)], captions[b.start:b.stop], args.steps)
+                     for b in tqdm(batches, desc="inversion")])
     floor = through(model.vae, after)
 
     rows = []
@@ -106,6 +102,7 @@ def run_command(argv=None):
     try:
         check(args)
         print(" ".join(f"{k}={v}" for k, v in vars(args).items() if k != "run"), flush=True)
+        args.dtype = DTYPES[args.dtype]
         args.run(args)
         return 0
     except (ValueError, OSError) as error:
@@ -128,6 +125,7 @@ def parse(argv=None):
         flag("--seed", type=int, default=0, help="default: %(default)s")
         flag("--json", type=Path, help="a file for the rows, as jsonl (default: none)")
         flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+        flag("--dtype", choices=DTYPES, default="fp32", help="of the models; bf16 is faster (default: %(default)s)")
         return flag
 
     several = dict(type=int, nargs="+", default=[20], help="of the sampler; several give a row each (default: 20)")

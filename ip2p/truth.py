@@ -3,6 +3,7 @@
 The scorer (`scorer.py`) reads the edited picture; what it should read is the true target scene. *Asked* is what differs
 between source and target, *kept* what does not. An edit is right if all that was asked for is there and all else is kept.
 """
+import os
 import re
 from dataclasses import dataclass
 from functools import partial
@@ -139,7 +140,7 @@ def evaluate_edits(args):
     """For each model and number of steps: the share of held-out edits that are right, by split, kind and attribute, and the
     distance to the truth; beside the true edits, these through the autoencoder, and the unedited pictures."""
     world, scorer = World(args.device), load_scorer(args.scorer, args.device)
-    models = {path: InstructPix2Pix.load(path, args.device) for path in args.model}
+    models = {os.path.relpath(path): InstructPix2Pix.load(path, args.device, args.dtype) for path in args.model}
     vae = next(iter(models.values())).vae
     makers = {"true edit": lambda before, after, *_: after,
               "true edit, autoencoder": lambda before, after, *_: through(vae, after),
@@ -180,6 +181,7 @@ def evaluate_edits(args):
 @torch.no_grad()
 def through(vae, pixels):
     """Pictures (B, 3, H, W) in [-1, 1] as an autoencoder gives them back."""
+    pixels = pixels.to(next(vae.parameters()).dtype)
     return torch.cat([vae.decode(vae.encode(x).mode()).float().clamp(-1, 1) for x in pixels.split(16)])
 
 
@@ -206,8 +208,8 @@ def write_sheets(folder, name, verdicts, world):
                 before, after = to_images(world.render([v.edit.source, v.edit.target]))
                 faults = [f"{word} {attribute}" for word, group in (("not", v.asked), ("lost", v.kept))
                           for attribute, right in group.items() if not right]
-                cells += [(before, v.edit.instruction), (after, "the true edit"),
-                          (v.picture, f"{', '.join(faults) or 'right'}; seen: {describe(v.reading)}")]
+                verdict = f"{', '.join(faults) or 'right'}; seen: {describe(v.reading)}"
+                cells += [(before, v.edit.instruction), (v.picture, verdict), (after, "the true edit")]
         stem = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
         save_image(contact_sheet(cells, columns=3 * SHOWN, lines=5), folder / f"{stem}-{which}.png")
 
@@ -245,7 +247,7 @@ def evaluate_pictures(args):
     """How often pictures made from held-out captions show what these say, by attribute, beside the pictures that the
     captions were written for."""
     world, scorer = World(args.device), load_scorer(args.scorer, args.device)
-    model = InstructPix2Pix.load(args.model, args.device)
+    model = InstructPix2Pix.load(args.model, args.device, args.dtype)
     cfg_text = model.parts.metadata.get("cfg_text", 7.5) if args.cfg_text is None else args.cfg_text
     print(f"{args.model}, cfg_text={cfg_text:g}", flush=True)
 

@@ -1,6 +1,7 @@
 """The evaluation's definitions, by an oracle that reads the truth; its numbers by slow loops; its commands at tiny size."""
 import json
 import math
+import os
 import statistics
 import sys
 from dataclasses import replace
@@ -18,10 +19,12 @@ from ip2p.inversion import InvertedPicture, sdedit
 from ip2p.prompt_to_prompt import prompt_to_prompt
 from ip2p.scorer import Seen, build_scorer, near, read_scene, save_scorer
 from ip2p.text import TextConfig, TextEncoder
-from ip2p.truth import ATTRIBUTES, edit_pixels, judge_edit, judge_edits, judge_picture, psnr, summarize, unchanged
+from ip2p.truth import ATTRIBUTES, Verdict, edit_pixels, judge_edit, judge_edits, judge_picture, psnr, summarize, unchanged
 from ip2p.unet import UNet, UNetConfig
 from ip2p.vae import AutoencoderKL, VAEConfig
 from ip2p.world import COLORLESS, KINDS, World
+
+SPLITS = ("combinations", "phrasings")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,8 @@ def files(world, tmp_path_factory):
         for name, channels in (("editor", 8), ("base", 4)):
             unet = UNet(UNetConfig(in_channels=channels, model_channels=32, channel_mult=(1, 1), num_res_blocks=1,
                                    attention_levels=(True, True), context_dim=32, num_heads=2, norm_groups=8))
-            save_checkpoint(Parts(unet, vae, text, "eps", 128, {}), folder / f"{name}.safetensors", metadata=dict(cfg_text=2.0))
+            parts = Parts(unet, vae, text, "eps", 128, {})
+            save_checkpoint(parts, folder / f"{name}.safetensors", metadata=dict(cfg_text=2.0))
         config = dict(embed_dim=16, vision_cfg=dict(image_size=32, patch_size=16, width=32, layers=1, head_width=16),
                       text_cfg=dict(context_length=32, vocab_size=514 + 200, width=32, heads=2, layers=1))
         save_clip(build_clip(config), config, folder / "clip.safetensors", {})
@@ -73,18 +77,17 @@ def test_true_edits_are_right_and_unedited_pictures_only_preserved(world):
     oracle = Oracle(world)
     true, unedited = (judge_edits(world, oracle, oracle.shows(which), 60, batch_size=4) for which in ("target", "source"))
     assert len(true) == len(unedited) == 120
-    assert {(v.split, v.edit.kind) for v in true} == {(split, kind) for split in ("combinations", "phrasings") for kind in KINDS}
+    assert {(v.split, v.edit.kind) for v in true} == {(split, kind) for split in SPLITS for kind in KINDS}
     assert all(v.asked and v.kept for v in true)
     assert [(v.success, v.preserved, v.right) for v in true] == [(True, True, True)] * 120
     assert [(v.success, v.preserved, v.right) for v in unedited] == [(False, True, False)] * 120
     summary = summarize(true)
     assert (summary["right"], summary["success"], summary["preserved"]) == (1, 1, 1) and summary["psnr"] == 100
     assert summary["kept"] == dict.fromkeys(ATTRIBUTES, 1.0)
-    expected = {"object": {"things", "color", "size"}, "time": {"condition"}, "weather": {"condition"}, "season": {"condition"},
-                "place": {"place"}, "color": {"color"}, "add": {"things", "color", "size"}, "remove": {"things"}, "size": {"size"},
-                "style": {"style"}}
-    for v in true:
-        assert v.asked.keys() <= expected[v.edit.kind] and v.asked.keys() & {"things", "place", "condition", "style", "color", "size"}
+    expected = dict(object={"things", "color", "size"}, time={"condition"}, weather={"condition"}, season={"condition"},
+                    place={"place"}, color={"color"}, add={"things", "color", "size"}, remove={"things"}, size={"size"},
+                    style={"style"})
+    assert all(v.asked.keys() <= expected[v.edit.kind] for v in true)
 
 
 def spoiled(reading, attribute, noun, world):
@@ -94,8 +97,8 @@ def spoiled(reading, attribute, noun, world):
     if attribute == "things":
         return replace(reading, things={n: s for n, s in reading.things.items() if n != noun})
     if attribute == "color":
-        hue = world.sprites[noun]["hue"]
-        return with_thing(replace(seen, color="green" if hue is None or abs(hue - .36) > .1 and seen.color != "green" else "pink"))
+        green = world.sprites[noun]["hue"] is not None and abs(world.sprites[noun]["hue"] - .36) < .1
+        return with_thing(replace(seen, color="pink" if green or seen.color == "green" else "green"))
     if attribute == "size":
         return with_thing(replace(seen, size="huge" if seen.size != "huge" else "tiny"))
     if attribute == "position":
@@ -114,11 +117,11 @@ def test_a_wrong_attribute_lowers_its_own_figure_alone(world, attribute):
             asked, kept = judge_edit(world, edit, new)
             for noun in new.things:
                 was_there, wrong = noun in old, judge_edit(world, edit, spoiled(new, attribute, noun, world))
-                changed = {("asked", a) for a in asked if not wrong[0].get(a, True)} | {("kept", a) for a in kept if not wrong[1].get(a, True)}
+                changed = {(group, a) for group, found in zip(("asked", "kept"), wrong) for a in found if not found[a]}
                 if attribute == "things":
                     expected = {("kept" if was_there else "asked", attribute)}
                 elif attribute in ("place", "style", "condition"):
-                    expected = {(group, attribute) for group, names in (("asked", asked), ("kept", kept)) if attribute in names}
+                    expected = {(group, attribute) for group, all in (("asked", asked), ("kept", kept)) if attribute in all}
                 elif attribute == "position":
                     expected = set() if kind == "place" or kind == "add" and not was_there else {("kept", attribute)}
                 else:
@@ -136,7 +139,8 @@ def test_a_wrong_attribute_lowers_its_own_figure_alone(world, attribute):
 def test_what_is_asked_for_must_come_and_what_must_go_be_gone(world):
     for kind in ("object", "remove", "add"):
         edit = world.edit(2, 0, "combinations", kind)
-        both = replace(read_scene(world, edit.target), things=read_scene(world, edit.source).things | read_scene(world, edit.target).things)
+        old, new = read_scene(world, edit.source), read_scene(world, edit.target)
+        both = replace(new, things=old.things | new.things)
         asked, kept = judge_edit(world, edit, both)
         assert asked["things"] == (kind == "add") and all(kept.values())
     stranger = replace(both, things=both.things | {"unheard of": Seen("", "", .5, .5)})
@@ -185,7 +189,7 @@ def test_psnr_is_a_slow_loop_inside_and_outside(world):
             for column in range(128):
                 still = max(abs(before[i, c, row, column].item() - after[i, c, row, column].item()) for c in range(3)) < .02
                 assert still == same[i, 0, row, column].item()
-                errors[still] += [(edited[i, c, row, column].item() - after[i, c, row, column].item()) ** 2 for c in range(3)]
+                errors[still] += [(edited[i, c, row, column] - after[i, c, row, column]).item() ** 2 for c in range(3)]
         decibels = lambda values: 10 * math.log10(4 / statistics.fmean(values))
         assert v.distance["inside"] == pytest.approx(decibels(errors[False]), abs=1e-3)
         assert v.distance["outside"] == pytest.approx(decibels(errors[True]), abs=1e-3)
@@ -195,15 +199,14 @@ def test_psnr_is_a_slow_loop_inside_and_outside(world):
 
 
 def test_summary_is_the_mean_by_hand():
-    def verdict(kind, asked, kept, **distance):
-        return SimpleNamespace(edit=SimpleNamespace(kind=kind), asked=asked, kept=kept, distance=distance, success=all(asked.values()),
-                               preserved=all(kept.values()), right=all(asked.values()) and all(kept.values()))
+    verdict = lambda kind, asked, kept, **distances: Verdict(
+        "", SimpleNamespace(kind=kind), None, None, asked, kept, distances)
     rows = [verdict("time", {"condition": True}, {"things": True, "place": True}, psnr=20., inside=10.),
             verdict("size", {"size": True}, {"things": False, "place": True}, psnr=30., inside=20., outside=40.),
             verdict("place", {"place": False}, {"things": True}, psnr=3.),
             verdict("remove", {"things": True}, {"place": True, "color": False}, psnr=math.inf, inside=30., outside=20.)]
     summary = summarize(rows)
-    assert summary.pop("kept") == {"things": 2 / 3, "place": 1.0, "color": 0.0, "size": None, "position": None, "condition": None, "style": None}
+    assert summary.pop("kept") == dict.fromkeys(ATTRIBUTES) | {"things": 2 / 3, "place": 1.0, "color": 0.0}
     assert summary == dict(count=4, right=.25, success=.75, preserved=.5, psnr=50.0, inside=20.0, outside=30.0)
 
 
@@ -227,18 +230,19 @@ def run(*words):
 def test_edits_command_makes_tables_rows_and_sheets(files, tmp_path, capsys):
     models = [files / "editor.safetensors", tmp_path / "other.safetensors"]
     models[1].symlink_to(models[0])
-    assert run("edits", "--count", 2, "--model", *models, "--scorer", files / "scorer.safetensors", "--steps", 2, 1, "--cfg-image", 1,
-               "--json", tmp_path / "rows.jsonl", "--sheet", tmp_path / "sheets", "--device", "cpu") == 0
+    assert run("edits", "--count", 2, "--model", *models, "--scorer", files / "scorer.safetensors", "--steps", 2, 1,
+               "--cfg-image", 1, "--json", tmp_path / "rows.jsonl", "--sheet", tmp_path / "sheets", "--device", "cpu") == 0
     rows, out = rows_of(tmp_path / "rows.jsonl"), capsys.readouterr().out
-    names = ["true edit", "true edit, autoencoder", "unedited", *(f"{m}, {steps} steps" for m in models for steps in (2, 1))]
+    names = ["true edit", "true edit, autoencoder", "unedited",
+             *(f"{os.path.relpath(m)}, {steps} steps" for m in models for steps in (2, 1))]
     assert list(dict.fromkeys(r["edited_by"] for r in rows)) == names and len(rows) == 7 * 3 * 11
     for name in names:
         assert out.count(f"\n| {name} | ") == 7
         own = {(r["split"], r["kind"]): r for r in rows if r["edited_by"] == name}
         assert [own[split, "all"]["count"] for split in ("combinations", "phrasings", "both")] == [10, 10, 20]
         for figure in ("right", "success", "preserved"):                   # the parts make up the whole
-            assert own["both", "all"][figure] == pytest.approx(statistics.fmean(own[s, k][figure] for s in
-                                                                                ("combinations", "phrasings") for k in KINDS))
+            mean = statistics.fmean(own[split, kind][figure] for split in SPLITS for kind in KINDS)
+            assert own["both", "all"][figure] == pytest.approx(mean)
         assert own["both", "object"]["psnr"] is None and own["both", "time"]["psnr"] > 0
     assert all(a["psnr"] == b["psnr"] for a, b in zip(rows[99:132], rows[165:198]))                # the same model, 2 steps
     assert rows[-1]["steps"] == 1 and rows[-1]["cfg_text"] == 2 and rows[-1]["cfg_image"] == 1
@@ -251,7 +255,7 @@ def test_edits_command_makes_tables_rows_and_sheets(files, tmp_path, capsys):
 
 def test_pictures_are_judged_by_what_their_captions_say(world):
     said = dict(color=0, condition=0)
-    for split in ("combinations", "phrasings"):
+    for split in SPLITS:
         for i in range(60):
             scene, caption = world.caption(5, i, split)
             truth = read_scene(world, scene)
@@ -272,11 +276,12 @@ def test_pictures_are_judged_by_what_their_captions_say(world):
 
 
 def test_pictures_command(files, tmp_path, capsys):
-    assert run("pictures", "--count", 6, "--model", files / "base.safetensors", "--scorer", files / "scorer.safetensors", "--steps", 1, 2,
-               "--batch-size", 2, "--json", tmp_path / "rows.jsonl", "--device", "cpu") == 0
+    assert run("pictures", "--count", 6, "--model", files / "base.safetensors", "--scorer", files / "scorer.safetensors",
+               "--steps", 1, 2, "--batch-size", 2, "--dtype", "bf16", "--json", tmp_path / "rows.jsonl",
+               "--device", "cpu") == 0
     rows = rows_of(tmp_path / "rows.jsonl")
-    assert [(r["picture"], r["split"]) for r in rows] == [(name, split) for name in ("true picture", "true picture, autoencoder",
-                                                          "drawn, 1 steps", "drawn, 2 steps") for split in ("combinations", "phrasings")]
+    names = ("true picture", "true picture, autoencoder", "drawn, 1 steps", "drawn, 2 steps")
+    assert [(r["picture"], r["split"]) for r in rows] == [(name, split) for name in names for split in SPLITS]
     assert all(0 <= r["object"] <= 1 and 0 <= r["place"] <= 1 for r in rows)
     assert capsys.readouterr().out.count("\n| drawn, 1 steps | phrasings | ") == 1
 
@@ -287,16 +292,16 @@ CURVE = ["--cfg-image", 1, 2, "--strengths", 0, 1, "--shares", .5, "--steps", 2,
 
 
 def curve(files, *words):
-    return run("curve", "--model", files / "editor.safetensors", "--base", files / "base.safetensors", "--clip", files / "clip.safetensors",
-               *CURVE, *words)
+    return run("curve", "--model", files / "editor.safetensors", "--base", files / "base.safetensors",
+               "--clip", files / "clip.safetensors", *CURVE, *words)
 
 
 def test_curve_points_are_means_of_each_method_by_itself(world, files, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    assert curve(files, "--count", 3, "--json", tmp_path / "rows.jsonl", "--plot", tmp_path / "curve.png", "--cfg-text", 3) == 0
+    assert curve(files, "--count", 3, "--json", tmp_path / "rows.jsonl", "--plot", tmp_path / "c.png", "--cfg-text", 3) == 0
     rows = {(r["method"], r["value"]): r for r in rows_of(tmp_path / "rows.jsonl")}
     assert [*rows] == [("data", None), ("ip2p", 1), ("ip2p", 2), ("sdedit", 0), ("sdedit", 1), ("p2p", .5)]
-    assert Image.open(tmp_path / "curve.png").size == (840, 600)
+    assert Image.open(tmp_path / "c.png").size == (840, 600)
     editor, base = (InstructPix2Pix.load(files / f"{name}.safetensors") for name in ("editor", "base"))
     judge = ClipSimilarity.load(files / "clip.safetensors")
     edits = [world.edit(0, i, "combinations", KINDS[i]) for i in range(3)]
@@ -310,7 +315,8 @@ def test_curve_points_are_means_of_each_method_by_itself(world, files, tmp_path,
             return sdedit(base, image, e.edited_caption, strength=value, **settings)
         if method == "p2p":
             control = prompt_to_prompt(base.tokenizer, texts, 2, cross_replace_steps=value, self_replace_steps=value / 2)
-            return InvertedPicture(base, image, e.caption, optimize=False, **settings).edit([e.edited_caption], control, progress=False)[1]
+            inverted = InvertedPicture(base, image, e.caption, optimize=False, **settings)
+            return inverted.edit([e.edited_caption], control, progress=False)[1]
         return to_images(world.render([e.target]))[0]
 
     for (method, value), row in rows.items():
@@ -318,7 +324,8 @@ def test_curve_points_are_means_of_each_method_by_itself(world, files, tmp_path,
         scores = [judge(to_pixels(a, 128, 128)[None], to_pixels(b, 128, 128)[None], [e.caption], [e.edited_caption])[0]
                   for e, a, b in zip(edits, before, results)]
         for name, key in (("sim_direction", "clip_sim_dir"), ("sim_image", "clip_sim_image"), ("sim_1", "clip_sim_1")):
-            assert row[name] == pytest.approx(statistics.fmean(s[key] for s in scores), abs=.01), (method, value, name)   # 8 bits
+            mean = statistics.fmean(s[key] for s in scores)
+            assert row[name] == pytest.approx(mean, abs=.01), (method, value, name)             # results have 8 bits
     assert rows["sdedit", 0] != rows["sdedit", 1] and rows["ip2p", 1] != rows["ip2p", 2]
     assert capsys.readouterr().out.count("| InstructPix2Pix | ") == 2
 
@@ -330,13 +337,15 @@ def test_curve_of_a_data_set_takes_its_last_prompts(files, tmp_path, capsys):
         folder.mkdir(parents=True)
         for k in range(2):
             Image.new("RGB", (160, 128), color if k else "white").save(folder / f"7_{k}.jpg")
-        (folder / "prompt.json").write_text(json.dumps(dict(caption="a wall", edit=f"make it {color}", output=f"a {color} wall")))
+        prompt = dict(caption="a wall", edit=f"make it {color}", output=f"a {color} wall")
+        (folder / "prompt.json").write_text(json.dumps(prompt))
     (tmp_path / "data" / "seeds.json").write_text(json.dumps([[f"{i:07}", ["7"]] for i in range(3)]))
     assert curve(files, "--count", 2, "--data", tmp_path / "data", "--json", tmp_path / "rows.jsonl") == 0
     row, judge = rows_of(tmp_path / "rows.jsonl")[0], ClipSimilarity.load(files / "clip.safetensors")
     flat = lambda color: to_pixels(Image.new("RGB", (128, 128), color), 128, 128)[None]
     scores = [judge(flat("white"), flat(c), ["a wall"], [f"a {c} wall"])[0] for c in colors[1:]]
-    assert row["count"] == 2 and row["sim_direction"] == pytest.approx(statistics.fmean(s["clip_sim_dir"] for s in scores), abs=.02)
+    mean = statistics.fmean(s["clip_sim_dir"] for s in scores)
+    assert row["count"] == 2 and row["sim_direction"] == pytest.approx(mean, abs=.02)           # of JPEG files
     listed = tmp_path / "listed.jsonl"
     listed.write_text(json.dumps(dict(input_image="a.png", edited_image="b.png", edit_prompt="make it red")))
     assert curve(files, "--count", 2, "--data", listed) == 2

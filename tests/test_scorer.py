@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ip2p.scorer import (CONDITION_NAMES, STYLE_NAMES, Reading, Scorer, Seen, build_scorer, load_scorer, near, read_scene, same_color,
-                         save_scorer, score_scorer, scorer_loss, soften)
+from ip2p.scorer import (CONDITION_NAMES, STYLE_NAMES, Reading, Scorer, Seen, build_scorer, load_scorer, near, read_scene,
+                         same_color, save_scorer, score_scorer, scorer_loss, soften)
 from ip2p.world import COLORLESS, SIZES, World
 
 SHIPPED = Path(__file__).parent.parent / "weights" / "mini-scorer.safetensors"
@@ -51,8 +51,8 @@ def test_a_things_position_is_the_middle_of_what_it_paints(world):
 
 
 def test_colors_are_the_same_where_paint_is_like_the_things_own(world):
-    assert same_color(world, "fox", "", "orange") and same_color(world, "fox", "orange", "") and same_color(world, "fox", "blue", "blue")
-    assert not same_color(world, "fox", "", "blue") and not same_color(world, "fox", "orange", "red")
+    for a, b, same in (("", "orange", True), ("blue", "blue", True), ("", "blue", False), ("orange", "red", False)):
+        assert same_color(world, "fox", a, b) == same_color(world, "fox", b, a) == same
     for kind in ("color", "add"):                                        # every colour asked for is another one
         for i in range(60):
             edit = world.edit(2, i, kind=kind)
@@ -81,10 +81,12 @@ def test_loss_is_the_formula():
 
 def test_reading_says_what_the_logits_say():
     scorer = small_scorer()
-    out = dict(place=torch.tensor([[0., 3.]]), condition=torch.eye(9)[3:4], style=torch.eye(6)[:1], things=torch.tensor([[-2., 1., -.1]]),
-               color=torch.eye(3)[None, [0, 2, 1]], size=torch.eye(3)[None], position=torch.tensor([[[0., 0], [.25, .75], [1, 1]]]))
+    out = dict(place=torch.tensor([[0., 3.]]), condition=torch.eye(9)[3:4], style=torch.eye(6)[:1],
+               things=torch.tensor([[-2., 1., -.1]]), color=torch.eye(3)[None, [0, 2, 1]], size=torch.eye(3)[None],
+               position=torch.tensor([[[0., 0], [.25, .75], [1, 1]]]))
     scorer.forward = lambda pixels: out
-    assert scorer.read(torch.zeros(1, 3, 128, 128)) == [Reading("moon", "night", "", {"car": Seen("blue", "tiny", .25, .75)})]
+    reading, = scorer.read(torch.zeros(1, 3, 128, 128))
+    assert reading == Reading("moon", "night", "", {"car": Seen("blue", "tiny", .25, .75)})
 
 
 def test_a_few_pictures_can_be_learned(world):
@@ -100,7 +102,8 @@ def test_a_few_pictures_can_be_learned(world):
         adam.step()
     for reading, true in zip(scorer.read(pixels), truth):
         assert replace(reading, things={}) == replace(true, things={}) and reading.things.keys() == true.things.keys()
-        assert all((seen.color, seen.size) == (true.things[n].color, true.things[n].size) for n, seen in reading.things.items())
+        for noun, seen in reading.things.items():
+            assert (seen.color, seen.size) == (true.things[noun].color, true.things[noun].size)
 
 
 def test_softened_pictures_are_close_repeatable_and_each_on_its_own(world):
@@ -116,10 +119,11 @@ def test_accuracy_counts_each_attribute_alone(world):
     assert score_scorer(Oracle(world), world, 80) == dict.fromkeys(ATTRIBUTES, 1.0)
     of_things = lambda **new: lambda r: replace(r, things={noun: replace(seen, **new) for noun, seen in r.things.items()})
     other = lambda noun, color: next(c for c in world.colors if not same_color(world, noun, c, color))
-    repaint = lambda r: replace(r, things={noun: replace(seen, color=other(noun, seen.color)) for noun, seen in r.things.items()})
+    repaint = lambda r: replace(r, things={n: replace(seen, color=other(n, seen.color)) for n, seen in r.things.items()})
     spoils = dict(place=lambda r: replace(r, place="nowhere"), condition=lambda r: replace(r, condition="noon"),
                   style=lambda r: replace(r, style="comic"), size=of_things(size="vast"), color=repaint,
-                  position=of_things(x=2.), things=lambda r: replace(r, things=r.things | {"unheard of": Seen("", "", 0, 0)}))
+                  position=of_things(x=2.),
+                  things=lambda r: replace(r, things=r.things | {"unheard of": Seen("", "", 0, 0)}))
     for name, spoil in spoils.items():
         assert score_scorer(Oracle(world, spoil), world, 80) == dict.fromkeys(ATTRIBUTES, 1.0) | {name: 0.0}
     seen = []
