@@ -118,9 +118,9 @@ class TextEncoder(nn.Module):
     def __init__(self, config: TextConfig = TextConfig()):
         super().__init__()
         self.config = c = config
-        self.token_embedding = nn.Embedding(c.vocab_size, c.width)
-        self.positional_embedding = nn.Parameter(torch.empty(c.context_length, c.width))
-        nn.init.normal_(self.positional_embedding, std=0.01)
+        # Uniform: drawing normal numbers on the meta device, where loading builds models, imports all of torch's compiler.
+        self.token_embedding = nn.Embedding.from_pretrained(torch.empty(c.vocab_size, c.width).uniform_(-0.03, 0.03), freeze=False)
+        self.positional_embedding = nn.Parameter(torch.empty(c.context_length, c.width).uniform_(-0.02, 0.02))
         blocks = [ResidualAttentionBlock(c.width, c.heads, c.quick_gelu) for _ in range(c.layers)]
         self.transformer = nn.ModuleDict(dict(resblocks=nn.ModuleList(blocks)))
         self.ln_final = nn.LayerNorm(c.width)
