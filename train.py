@@ -1,111 +1,268 @@
 """Train an InstructPix2Pix editor, and every model it needs.
 
-    python train.py --stage edit --steps 20000        # fine-tune weights/mini-sd.safetensors into an editor
-    python train.py --stage edit --data data          # the same on pairs that make_data.py drew
-    python train.py --stage vae --minutes 30          # or from nothing: vae, clip, base, edit, each from the one before
-    python train.py --stage edits                     # the language model of make_data.py, by itself
+    python train.py                                   # fine-tune weights/mini-sd.safetensors on data/, made first if need be
+    python train.py --data world                      # the same on the toy world's true pairs
+    python train.py --base v1-5-pruned-emaonly.safetensors --data pairs --preset 24gb          # Stable Diffusion on one card
+    torchrun --nproc-per-node 8 train.py --base v1-5-pruned-emaonly.safetensors --data pairs   # the paper's run
+    python train.py --stage all                       # the miniature from nothing, everything in weights/
 
-Each stage trains on the miniature world, in a folder of its own below --out. Stopped by --minutes, Ctrl-C or SIGTERM, it
-goes on when the command is repeated.
+Each stage trains in a folder of its own below --out. Stopped by --minutes, Ctrl-C, SIGTERM or worse, it goes on when the
+command is repeated. --preset sets defaults that flags override:
+
+{presets}
 """
 import argparse
 import json
 import math
+import signal
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ip2p import InstructPix2Pix
-from ip2p.checkpoint import load_checkpoint, load_vae, save_checkpoint
-from ip2p.data import PairedDataset
+from ip2p import InstructPix2Pix, distributed
+from ip2p.checkpoint import load_checkpoint, save_checkpoint
+from ip2p.data import PairedDataset, find_pairs
 from ip2p.evaluate import FIXED, psnr
+from ip2p.features import CachedPairs, LivePairs
 from ip2p.guidance import dropout_masks
 from ip2p.images import contact_sheet, save_image, to_images, to_pixels
 from ip2p.learn_edits import TRIPLES, train_edits
-from ip2p.miniature import reconstruct, train_base, train_clip, train_vae
-from ip2p.stages import Pool, diffusion_loss, draw_timesteps, encode, history, run
+from ip2p.miniature import reconstruct, train_base, train_clip, train_scorer, train_vae
+from ip2p.stages import Pool, diffusion_loss, draw_timesteps, encode, history, run, to_device
+from ip2p.tensorfiles import read_state_dict
 from ip2p.text import Tokenizer
 from ip2p.training import seeded
+from ip2p.unet import Stage
 from ip2p.world import KINDS, World
+from sample import Parser
 
 WEIGHTS = Path(__file__).parent / "weights"
+
+
+# ---- defaults of the stages, and of the editor's presets
+
+ALWAYS = dict(accumulate=1, lr=1e-3, optimizer="muon", warmup=100, cooldown=0.3, clip_norm=1.0, dtype="bf16", offload=False,
+              checkpointing=False, save_minutes=3.0)
+
+STAGES = {              # what made the shipped weights, on two CPU cores, but for the base: README; a GPU has time for more
+    "vae": ALWAYS | dict(steps=3400, batch_size=16, ema_decay=0.999),
+    "clip": ALWAYS | dict(steps=260, batch_size=128, ema_decay=0.99),
+    "base": ALWAYS | dict(steps=2300, batch_size=96, ema_decay=0.998, reuse=4, timesteps="logit-normal"),
+    "scorer": ALWAYS | dict(steps=2200, batch_size=64, ema_decay=0.99),
+    "edits": ALWAYS | dict(steps=3500, batch_size=32, ema_decay=0.995, pretrain_steps=300),
+}
+
+# Memory of Stable Diffusion 1.5's UNet, 859.5 M parameters, for pictures of 256 x 256; computed, in GB of 1e9 bytes:
+#   bytes a parameter: 4 for the weight, 4 gradient, 8 AdamW's state, 4 average    3.44 + 3.44 + 6.88 + 3.44 = 17.2
+#   the copies of weights in bf16 that autocast makes, without biases and norms    1.7
+#   an example's activations: inputs of all blocks, and what the largest block     bf16: 0.011 + 2 x 0.040 = 0.09
+#   keeps while it is computed again, twice for its gradients                      fp32: 0.022 + 2 x 0.057 = 0.14
+#   (all blocks without --checkpointing: bf16 0.31, fp32 0.47)
+#   autoencoder and text encoder 0.8; what encoding a pair takes                   fp32: about 0.2
+# paper 17.2 + 0.8 + 32 x (0.14 + 0.2) = 28.9; 24gb 17.2 + 1.7 + 0.8 + 8 x 0.09 = 20.4; 12gb 2 x 3.44 + 1.7 + 8 x 0.09 = 9.3,
+# and on the CPU 3.44 + 6.88 + 3.44, gradients on their way 3.44, 0.8. CUDA itself takes about half a GB more.
+PAPER = ALWAYS | dict(steps=10000, batch_size=1024, accumulate=4, lr=1e-4, optimizer="adamw", warmup=0, cooldown=0.0,
+                      ema_decay=0.9996, clip_norm=0.0, dtype="fp32", timesteps="uniform", target="sample", train_text=False,
+                      views=0, size=256, checkpointing=True, save_minutes=30.0)
+CARD = PAPER | dict(batch_size=128, accumulate=16, lr=5e-5, warmup=500, ema_decay=0.999, clip_norm=1.0, dtype="bf16",
+                    views=2)
+PRESETS = {
+    "paper": PAPER,     # it averages after each of a step's 4 parts, by 0.9999: by 0.9996 a step
+    "24gb": CARD,
+    "12gb": CARD | dict(offload=True),
+    "miniature": ALWAYS | dict(steps=1800, batch_size=48, ema_decay=0.998, reuse=5, timesteps="uniform", target="mode",
+                               train_text=True, views=2),
+}
+ABOUT_PRESETS = """\
+  paper      the published settings, 1024 examples a step, for 8 GPUs: 28.9 GB on each
+  24gb       128 examples a step, latents and text features cached, bf16 arithmetic: 20.4 GB
+  12gb       the same, with AdamW's state and the averaged weights in the CPU's memory: 9.3 GB, and 18.0 GB there
+  miniature  what made weights/mini-ip2p.safetensors; the text encoder learns too: runs on a CPU, in 3 GB"""
+
+
+# ---- the editor
 
 # What is drawn anew is harder to learn than what is changed, and comes twice as often.
 LESSONS = KINDS + ("object", "place", "add")
 
 
-def train_edit(args, world):
-    """The editor: the base widened by image latents, conditionings dropped at random, on the world's true pairs or on those
-    that `make_data.py` drew."""
-    base = load_checkpoint(args.base, in_channels=2 * load_vae(args.base).config.z_channels)
-    unet, vae, text = base.unet.requires_grad_(True), base.vae, base.text.requires_grad_(True)
-    model = nn.ModuleDict(dict(unet=unet, text=text)).to(args.device, memory_format=args.layout)
-    vae.to(args.device)
-    tokenizer = Tokenizer(text.config)
-    drawn = open_pairs(args.data, base.image_size, args.seed) if args.data else None
+def train_edit(args, base):
+    """The base, a text-to-image model widened by image latents, learns from pairs of pictures; conditionings are dropped at
+    random."""
+    unet, vae, text = base.unet.requires_grad_(True), base.vae, base.text.requires_grad_(args.train_text)
+    model = nn.ModuleDict(dict(unet=unet, text=text) if args.train_text else dict(unet=unet))
+    model.to(args.device, memory_format=args.layout)
+    vae.to(args.device), text.to(args.device)
+    for block in unet.modules():
+        if isinstance(block, Stage):
+            block.recompute = args.checkpointing
+    predict = torch.compile(unet) if args.compile else unet
+    tokenizer, world = Tokenizer(text.config), World(args.device, args.subset)
+    z, image_scale = vae.config.z_channels, vae.config.scale_factor if args.scale_image_latents else 1.0
 
-    def draw(start, count, split="train"):
-        if drawn and split == "train":
-            before, after, instructions = zip(*map(drawn, range(start, start + count)))
-            before, after = torch.stack(before).to(args.device), torch.stack(after).to(args.device)
-        else:
-            before, after, edits = world.pairs(args.seed + 3, start, count, split, LESSONS if split == "train" else None)
-            instructions = [e.instruction for e in edits]
-        x0 = encode(vae, after, args) * vae.config.scale_factor
-        return encode(vae, before, args), x0, list(instructions)                  # image latents are not scaled
+    # Pairs of latents with instructions, or with their features.
+    def encode_pairs(before, after):
+        latents = encode(vae, to_device(torch.cat([before, after]), args), args)
+        return latents[:len(before), 0], latents[len(before):]
 
-    pool = Pool(draw, args)
+    def encode_text(texts):
+        return text(to_device(tokenizer(texts), args))
 
-    def loss_fn(step, batch=None, dropout=0.05, timesteps=args.timesteps):
+    def world_pairs(start, count, split="train"):
+        before, after, edits = world.pairs(args.seed + 3, start, count, split, LESSONS if split == "train" else None)
+        return *encode_pairs(before, after), [e.instruction for e in edits]
+
+    if args.data == "world":
+        pairs, held_out = Pool(world_pairs, args), None
+    else:
+        data, held_out = open_data(args)
+        pairs = open_pairs(args, data, encode_pairs, encode_text, [vae, text])
+    with torch.no_grad():
+        null_context = encode_text([""])
+
+    def encode_context(texts, drop):
+        if torch.is_tensor(texts):
+            return torch.where(to_device(drop, args)[:, None, None], null_context, to_device(texts, args))
+        with nullcontext() if args.train_text else torch.no_grad():
+            return encode_text(["" if d else instruction for instruction, d in zip(texts, drop)])
+
+    # The loss of some rows of a step. Whatever is drawn is drawn for all of them, however they are shared out.
+    def loss_fn(step, rows, batch=None, dropout=args.dropout, timesteps=args.timesteps):
+        image_latents, target, texts = batch or pairs.batch(step, rows)
+        count, rows = (len(target), slice(None)) if batch else (args.batch_size, rows)
         rng = seeded(args.seed, step)
-        image_latents, x0, instructions = batch or pool.batch(step)
-        drop_text, drop_image = dropout_masks(len(x0), dropout, rng)
-        t, noise = draw_timesteps(timesteps, len(x0), rng), torch.randn(x0.shape, generator=rng)
-        ids = tokenizer(["" if d else i for i, d in zip(instructions, drop_text)]).to(args.device)
-        image_latents = image_latents.masked_fill(drop_image.to(args.device)[:, None, None, None], 0)
+        drop_text, drop_image = dropout_masks(count, dropout, rng)
+        t, shape = draw_timesteps(timesteps, count, rng), (count, *target.shape[2:])
+        noise = torch.randn(shape, generator=rng)
+        spread = torch.randn(shape, generator=rng) if args.target == "sample" else torch.zeros(count, 1, 1, 1)
+        drawn = t, noise, spread, drop_image & args.image_dropout
+        t, noise, spread, drop_image = (to_device(x[rows], args) for x in drawn)
+        mean, logvar = to_device(target, args).unbind(1)
+        x0 = (mean + (0.5 * logvar).exp() * spread) * vae.config.scale_factor
+        image_latents = image_scale * to_device(image_latents, args).masked_fill(drop_image[:, None, None, None], 0)
         with args.autocast():
-            loss = diffusion_loss(unet, x0, text(ids), t.to(args.device), noise.to(args.device), base.parameterization,
-                                  image_latents)
-        return loss, {}
+            context = encode_context(texts, drop_text[rows])
+            return diffusion_loss(predict, x0, context, t, noise, base.parameterization, image_latents), {}
 
-    editor = InstructPix2Pix(replace(base, metadata={}))
+    # Train.
+    editor, resting = InstructPix2Pix(replace(base, metadata={})), args.device
+    if args.offload and isinstance(pairs, CachedPairs):
+        resting = "cpu"
+        vae.to(resting), text.to(resting)
 
-    def sheet(path, per_kind=3):
-        cells = []
-        for kind in KINDS:
-            before, _, edits = world.pairs(args.seed, 0, per_kind, "combinations", kind)
-            pictures = to_images(before)
-            edited = editor.edit(pictures, [e.instruction for e in edits], cfg_text=args.cfg_text, cfg_image=args.cfg_image,
-                                 progress=False)
-            for a, b, e in zip(pictures, edited, edits):
-                cells += [(a, e.caption), (b, e.instruction)]
-        save_image(contact_sheet(cells, columns=2 * per_kind), path)
+    @contextmanager
+    def sampling():
+        """All parts on the device; and should the UNet be learning from scaled image latents, it takes unscaled ones, as
+        everything else gives them: the scale goes into its first layer's weights."""
+        weight = unet.input_blocks[0][0].weight.data
+        own = weight.clone()
+        weight[:, z:] *= image_scale
+        vae.to(args.device), text.to(args.device)
+        yield
+        weight.copy_(own)
+        vae.to(resting), text.to(resting)
+
+    def draw(path, count, per_kind):
+        cells = data_cells(editor, held_out, count, args) if held_out else world_cells(editor, world, per_kind, args)
+        save_image(contact_sheet(cells, columns=9 if held_out else 2 * per_kind), path)
+
+    def sheet(path):
+        with sampling():
+            draw(path, count=6, per_kind=3)
 
     record = run(args, model, loss_fn, sheet)
-    sheet(args.out / "edit" / "sheet-final.png", per_kind=min(6, args.score_examples))
+    if distributed.rank():
+        return None
+
+    # Score, save.
+    vae.to(args.device), text.to(args.device)
+    if held_out:
+        batches = data_batches(held_out, encode_pairs, min(args.score_examples, len(held_out)), size=16)
+    else:
+        batches = [world_pairs(0, args.score_examples, "combinations")]
     with torch.no_grad():
-        loss, _ = loss_fn(0, draw(0, args.score_examples, "combinations"), dropout=0, timesteps="uniform")
-    record["held_out_loss"] = round(loss.item(), 4)
+        losses = [len(b[2]) * loss_fn(i, None, b, dropout=0, timesteps="uniform")[0].item() for i, b in enumerate(batches)]
+    record["held_out_loss"] = round(sum(losses) / min(args.score_examples, len(held_out or range(args.score_examples))), 4)
     record |= dict(cfg_text=args.cfg_text, cfg_image=args.cfg_image, base=history(base.metadata))
-    record |= score_edits(editor, world, args)
-    together = args.base.resolve().parent == args.out.resolve()          # then the autoencoder is stored once
-    save_checkpoint(editor.parts, args.out / "mini-ip2p.safetensors", metadata=record, dtype=torch.float16,
-                    shared={"vae": args.base.name} if together else None)
+    if skipped := getattr(pairs, "skipped", None):
+        record["skipped"] = len(skipped)
+        say(f"{len(skipped)} pairs were skipped, as their files cannot be read")
+    start, small = args.init or args.base, is_miniature(base.metadata)
+    shared = {"vae": start.name} if small and start.resolve().parent == args.out.resolve() else None     # stored once
+    with sampling():
+        draw(args.out / "edit" / "sheet-final.png", count=24, per_kind=min(6, args.score_examples))
+        if small:
+            record |= score_edits(editor, world, args)
+        save_checkpoint(editor.parts, args.out / ("mini-ip2p.safetensors" if small else "ip2p.safetensors"), metadata=record,
+                        dtype=torch.float16 if small else None, shared=shared)
     return record
 
 
-def open_pairs(path, size, seed):
-    """The training pairs of a data set as a function of their number, epoch after epoch, at a side of `size`."""
-    pairs = PairedDataset(path, min_resize_res=size, max_resize_res=size, crop_res=size, seed=seed)
-    if not len(pairs):
-        raise ValueError(f"{path}: a tenth of the prompts is held back, and of {len(pairs.pairs)} that leaves none")
-    order = lru_cache(2)(pairs.order)
-    return lambda n: pairs.example(n // len(pairs), order(n // len(pairs))[n % len(pairs)])
+def open_data(args):
+    """The training pairs of a data set, and those held out for sheets and scores: the validation split's."""
+    largest = args.max_resize or args.size
+    settings = dict(min_resize_res=args.size, max_resize_res=largest, crop_res=args.size, seed=args.seed)
+    data, held_out = PairedDataset(args.data, **settings), PairedDataset(args.data, "val", **settings | dict(flip_prob=0))
+    if not len(data):
+        raise ValueError(f"{args.data}: a tenth of the prompts is held back, and of {len(data.pairs)} that leaves none")
+    try:
+        held_out.whole_example(0, 0)
+    except ValueError:
+        held_out = PairedDataset(args.data, **settings | dict(flip_prob=0))
+        say(f"{args.data} has no validation pairs that can be read: sheets and scores are of training pairs")
+    return data, held_out
+
+
+def open_pairs(args, data, encode_pairs, encode_text, weights):
+    """What a step learns from, cached or not."""
+    if not args.views:
+        return LivePairs(data, encode_pairs, steps=args.steps, batch_size=args.batch_size, workers=args.workers,
+                         parts=distributed.own_rows(args.batch_size, args.accumulate))
+    def open_cache():
+        with torch.no_grad():
+            return CachedPairs(data, args.cache, args.views, encode_pairs, None if args.train_text else encode_text,
+                               batch_size=args.batch_size, weights=weights[:1] if args.train_text else weights,
+                               told=dict(dtype=args.dtype), workers=args.workers)
+    pairs = open_cache() if distributed.rank() == 0 else None                # the first fills it, the others find it full
+    distributed.wait_for_all()
+    pairs = pairs or open_cache()
+    say(f"{pairs.folder}: {args.views} views of each of {len(data)} prompts, encoded once")
+    return pairs
+
+
+def data_batches(data, encode_pairs, count, size):
+    for start in range(0, count, size):
+        before, after, instructions = zip(*(data.whole_example(0, i)[0] for i in range(start, min(start + size, count))))
+        yield *encode_pairs(torch.stack(before), torch.stack(after)), list(instructions)
+
+
+def world_cells(editor, world, per_kind, args):
+    """Held-out scenes of each kind of edit: a picture with its caption, then the edit with its instruction."""
+    cells = []
+    for kind in KINDS:
+        before, _, edits = world.pairs(args.seed, 0, per_kind, "combinations", kind)
+        pictures = to_images(before)
+        edited = editor.edit(pictures, [e.instruction for e in edits], cfg_text=args.cfg_text, cfg_image=args.cfg_image,
+                             progress=False)
+        for a, b, e in zip(pictures, edited, edits):
+            cells += [(a, e.caption), (b, e.instruction)]
+    return cells
+
+
+def data_cells(editor, data, count, args):
+    """The first pairs of a data set: a picture, the edit with its instruction, and what the data set has for it."""
+    cells = []
+    for i in range(min(count, len(data))):
+        (before, after, instruction), _ = data.whole_example(0, i)
+        before, after = to_images(torch.stack([before, after]))
+        edited, = editor.edit(before, instruction, cfg_text=args.cfg_text, cfg_image=args.cfg_image, size=args.size,
+                              progress=False)
+        cells += [(before, ""), (edited, instruction), (after, "(the data set's)")]
+    return cells
 
 
 def score_edits(editor, world, args):
@@ -122,50 +279,151 @@ def score_edits(editor, world, args):
     return {"psnr": {name: round(float(torch.cat(values).mean()), 2) for name, values in scores.items()}}
 
 
-DEFAULTS = {         # what made the shipped weights, on two CPU cores, but for the base: README; a GPU has time for more
-    "vae": dict(steps=3400, batch_size=16, ema_decay=0.999),
-    "clip": dict(steps=260, batch_size=128, ema_decay=0.99),
-    "base": dict(steps=2300, batch_size=96, ema_decay=0.998, reuse=4, timesteps="logit-normal"),
-    "edit": dict(steps=1800, batch_size=48, ema_decay=0.998, reuse=5, timesteps="uniform"),
-    "edits": dict(steps=3500, batch_size=32, ema_decay=0.995, pretrain_steps=300),
-}
+# ---- what the command does
 
-
-STAGES = {"vae": train_vae, "clip": train_clip, "base": train_base, "edit": train_edit, "edits": train_edits}
+LEARN = {"vae": train_vae, "clip": train_clip, "base": train_base, "scorer": train_scorer, "edits": train_edits}
+RESULTS = {"vae": "vae.safetensors", "clip": "mini-clip.safetensors", "base": "mini-sd.safetensors",
+           "scorer": "mini-scorer.safetensors", "edits": "mini-gpt.safetensors", "edit": "mini-ip2p.safetensors"}
 
 
 def main(args):
-    for name, value in DEFAULTS[args.stage].items():
-        if getattr(args, name) is None:
+    """One stage. Returns its record; None in processes other than the first."""
+    check_device(args)
+    base = open_base(args) if args.stage == "edit" else None
+    args.data = args.data if base else "world"
+    for name, value in (PRESETS[args.preset] if base else STAGES[args.stage]).items():
+        if getattr(args, name, None) is None:
             setattr(args, name, value)
+    args.device = distributed.start(args.device)
     check(args)
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.base is None and args.stage == "edit":
-        here = args.out / "mini-sd.safetensors"
-        args.base = here if here.exists() else WEIGHTS / here.name
-    print(" ".join(f"{k}={v}" for k, v in vars(args).items()), flush=True)
+    say(" ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None))
+    if base and args.data != "world":
+        make_small_data(args)
     args.layout = torch.channels_last if args.device.startswith("cuda") else torch.contiguous_format      # 1.3 x on a CPU
-    args.autocast = lambda: torch.autocast(args.device.split(":")[0], torch.bfloat16) if args.dtype == "bf16" else nullcontext()
+    args.autocast = lambda: torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.dtype == "bf16")
     torch.manual_seed(args.seed)                  # initial weights
-    record = STAGES[args.stage](args, World(args.device, args.subset))
-    print(json.dumps(record), flush=True)
+    record = train_edit(args, base) if base else LEARN[args.stage](args, World(args.device, args.subset))
+    if record:
+        print(json.dumps(record), flush=True)
+    return record
+
+
+def say(line):
+    if distributed.rank() == 0:
+        print(line, flush=True)
+
+
+def open_base(args):
+    """The model that the editor starts from, widened. Sets what follows from it: the preset, the data, the size."""
+    if args.init and args.base:
+        raise ValueError("--base is widened into an editor, --init is an editor already: give one of the two")
+    if args.init:
+        base = load_checkpoint(args.init)
+        if base.unet.config.in_channels != 2 * base.vae.config.z_channels:
+            raise ValueError(f"--init {args.init}: no editor, its UNet takes {base.unet.config.in_channels} channels; to "
+                             f"fine-tune a text-to-image model into one, give it as --base")
+    else:
+        here = args.out / RESULTS["base"]
+        args.base = args.base or (here if here.exists() else WEIGHTS / here.name)
+        base = load_checkpoint(args.base)
+        if base.unet.config.in_channels != base.vae.config.z_channels:
+            raise ValueError(f"--base {args.base}: no text-to-image model, its UNet takes {base.unet.config.in_channels} "
+                             f"channels; to go on from an editor, give it as --init")
+        base = load_checkpoint(args.base, in_channels=2 * base.vae.config.z_channels)
+    small = is_miniature(base.metadata)
+    args.preset = args.preset or ("miniature" if small else "paper")
+    if not (args.data or small):
+        raise ValueError(f"{args.init or args.base} needs --data DIR: pairs to learn from, as make_data.py draws them")
+    args.data = args.data or "data"
+    args.size = args.size or PRESETS[args.preset].get("size", base.image_size)
+    if args.size % (multiple := InstructPix2Pix(base).size_multiple):
+        raise ValueError(f"--size must be a multiple of {multiple}, got {args.size}")
+    return base
+
+
+def is_miniature(record):
+    """Whether a model says that it was made for the toy world, or from one that was."""
+    return "ip2p.world" in json.dumps(record)
+
+
+def make_small_data(args):
+    """A data set to begin with, where there is none and none was asked for."""
+    if args.data == "data" and distributed.rank() == 0:
+        try:
+            find_pairs(args.data)
+        except ValueError:
+            print("no data set in data/: drawing a small one, of 24 captions, which takes a few minutes (python "
+                  "make_data.py draws a larger one; --data world learns from the toy world's true pairs)", flush=True)
+            make_pairs(args, "--out", "data", "--num-captions", 24, "--n-samples", 4)
+    distributed.wait_for_all()
+
+
+def make_pairs(args, *flags):
+    import make_data
+    if make_data.run([*map(str, flags), "--device", args.device, "--shard", "0/1"]):
+        raise ValueError("make_data.py could not draw the pairs, see above")
+
+
+def train_all(args, argv):
+    """Every stage in turn, each from those before it, and a table of what they scored. What is finished is left alone."""
+    rows = []
+    for stage, name in RESULTS.items():
+        path = args.out / name
+        record = read_state_dict(path)[1] if path.exists() else {}
+        if not record.get("finished"):
+            own = parse([*argv, "--stage", stage])
+            if stage == "edit" and own.data is None:
+                own.data = str(draw_own_pairs(args))
+            record = main(own)
+            if not record["finished"]:
+                print("stopped by --minutes; repeat the command to go on")
+                return
+        scores = {k: v for k, v in record.items() if k in ("psnr", "accuracy_1_of_100", "held_out_loss", "scores")}
+        rows.append(f"| {stage} | {record['minutes']} | {record['steps']} x {record['batch_size']} | {json.dumps(scores)} |")
+    print("| stage | minutes | steps x batch | held-out score |\n|---|--:|--:|---|", *rows, sep="\n", flush=True)
+
+
+def draw_own_pairs(args):
+    """OUT/data, drawn and judged by the models in OUT."""
+    out, clip = args.out / "data", args.out / RESULTS["clip"]
+    if "thresholds" not in read_state_dict(clip)[1]:
+        make_pairs(args, "--calibrate", "--clip", clip)
+    make_pairs(args, "--out", out, "--num-captions", args.num_captions, "--clip", clip,
+               "--model", args.out / RESULTS["base"], "--gpt", args.out / RESULTS["edits"])
+    return out
 
 
 def check(args):
     """ValueError for settings that cannot work."""
-    for name, least in (("steps", 1), ("batch_size", 2), ("pretrain_steps", 0), ("block", args.batch_size), ("reuse", 1),
-                        ("score_examples", 1)):
+    least = dict(steps=1, batch_size=1 if args.stage == "edit" else 2, accumulate=1, pretrain_steps=0, block=args.batch_size,
+                 reuse=1, score_examples=1, views=0, keep=1, workers=0, num_captions=1)
+    for name, least in least.items():
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    for name in ("lr", "cooldown", "clip_norm", "cfg_text", "cfg_image", "save_minutes", "sheet_minutes"):
+        if not 0 <= (value := getattr(args, name)) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be a finite number, not below zero, got {value}")
     if not 8 <= args.crop <= 128 or args.crop % 8:
         raise ValueError(f"--crop must be a multiple of 8 up to 128, got {args.crop}")
-    for name in ("lr", "cooldown", "cfg_text", "cfg_image"):
-        if not math.isfinite(getattr(args, name)) or getattr(args, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be a finite number, not below zero, got {getattr(args, name)}")
-    for stage, name in (("vae", "vae.safetensors"), ("clip", "mini-clip.safetensors")):
-        if args.stage == "base" and not (args.out / name).exists():
-            raise ValueError(f"{args.out / name} is missing: train --stage {stage} with the same --out first")
+    if not 0 <= args.dropout <= 1 / 3:
+        raise ValueError(f"--dropout must be in 0..1/3, got {args.dropout}")
+    if args.max_resize is not None and args.max_resize < args.size:
+        raise ValueError(f"--max-resize must be at least --size, {args.size}, got {args.max_resize}")
+    parts = args.accumulate * distributed.processes()
+    if args.batch_size % parts:
+        raise ValueError(f"--batch-size {args.batch_size} cannot be shared out between {parts} parts (--accumulate x "
+                         f"processes)")
+    if parts > 1 and args.stage != "edit":
+        raise ValueError(f"--stage {args.stage} learns in one process and one part; --accumulate and torchrun are for the "
+                         f"editor")
+    for stage in ("vae", "clip"):
+        if args.stage == "base" and not (args.out / RESULTS[stage]).exists():
+            raise ValueError(f"{args.out / RESULTS[stage]} is missing: train --stage {stage} with the same --out first")
+
+
+def check_device(args):
     try:
         torch.ones(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
@@ -174,8 +432,16 @@ def check(args):
 
 def run_command(argv=None):
     """main, with one line on stderr for whatever the user can put right. Returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        main(parse(argv))
+        args = parse(argv)
+        if args.stage == "all":
+            train_all(args, argv)
+        else:
+            main(args)
+        return 0
+    except KeyboardInterrupt as stopped:                          # Ctrl-C or SIGTERM: all that is needed to go on is saved
+        print(f"train.py: {stopped if str(stopped) else 'stopped'}; repeat the command to go on", file=sys.stderr)
         return 0
     except (ValueError, OSError) as error:
         print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
@@ -183,44 +449,77 @@ def run_command(argv=None):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=STAGES, default="edit", help="what to train (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the runs (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="optimiser steps in all; may be changed when resuming (default: the stage's own)")
-    parser.add_argument("--minutes", type=float, help="stop after so many minutes; repeat the command to go on")
-    parser.add_argument("--batch-size", type=int, help="examples a step (default: the stage's own)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="of AdamW; Muon's is 20 times as much (default: %(default)s)")
-    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="muon", help="default: %(default)s")
-    parser.add_argument("--warmup", type=int, default=100, help="steps of rising learning rate (default: %(default)s)")
-    parser.add_argument("--cooldown", type=float, default=0.3, help="last share of the steps, with falling learning rate "
-                        "(default: %(default)s)")
-    parser.add_argument("--ema-decay", type=float, help="of the averaged weights (default: the stage's own)")
-    parser.add_argument("--base", type=Path, help="edit: the text-to-image checkpoint to start from (default: OUT/mini-sd."
-                        "safetensors if there is one, else weights/mini-sd.safetensors); edits: public GPT-2 weights to start from")
-    parser.add_argument("--triples", type=Path, nargs="+", default=TRIPLES, help="edits: jsonl files of {input or caption, edit, "
-                        "output} (default: the 700 shipped)")
-    parser.add_argument("--pretrain-steps", type=int, help="edits: how many of the steps go to captions, before the triples "
-                        "(default: 300; none with --base)")
-    parser.add_argument("--verbatim", action="store_true", default=None, help="edits: learn the triples only as they are written")
-    parser.add_argument("--data", help="edit: a data set, as make_data.py writes it or in any layout that ip2p/data.py "
-                        "reads (default: the world's true pairs)")
-    parser.add_argument("--init", type=Path, help="base: the text-to-image checkpoint to train further, made with the same autoencoder")
-    parser.add_argument("--cfg-text", type=float, default=3.0, help="text guidance of sheets and scores, kept as the model's "
-                        "own default (default: %(default)s)")
-    parser.add_argument("--cfg-image", type=float, default=1.5, help="likewise for image guidance (default: %(default)s)")
-    parser.add_argument("--block", type=int, default=4096, help="base, edit: examples drawn and encoded at a time (default: %(default)s)")
-    parser.add_argument("--reuse", type=int, help="base, edit: times that each is learned from (default: the stage's own)")
-    parser.add_argument("--timesteps", choices=("uniform", "logit-normal"), help="base, edit: how they are drawn (default: the stage's own)")
-    parser.add_argument("--crop", type=int, default=64, help="vae: side of the crops (default: %(default)s)")
-    parser.add_argument("--subset", choices=("core", "all"), default="core", help="nouns and places of the world (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--sheet-minutes", type=float, default=10.0, help="minutes between sample sheets (default: %(default)s)")
-    parser.add_argument("--score-examples", type=int, default=512, help="held-out examples that the result is scored on; "
-                        "edit: pictures are drawn in full for a sixth of as many (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the arithmetic; weights stay float32 (default: %(default)s)")
+    parser = Parser(prog="train.py", description=__doc__.format(presets=ABOUT_PRESETS),
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag, switch = parser.add_argument, argparse.BooleanOptionalAction
+    stages, own = [*STAGES, "edit", "all"], "(default: the stage's or the preset's own)"
+    flag("--stage", choices=stages, default="edit", help="what to train (default: %(default)s)")
+    flag("--out", type=Path, default=Path("runs"), help="folder of the runs (default: %(default)s)")
+    flag("--seed", type=int, default=0, help="default: %(default)s")
+    flag("--steps", type=int, help=f"optimiser steps in all; may be changed when resuming {own}")
+    flag("--minutes", type=float, help="stop after so many minutes; repeat the command to go on (default: never)")
+    flag("--batch-size", type=int, help=f"examples a step, over all parts and processes {own}")
+    flag("--accumulate", type=int, help=f"edit: parts in which a process goes through its share of them {own}")
+    flag("--lr", type=float, help=f"of AdamW; Muon's is 20 times as much {own}")
+    flag("--optimizer", choices=("adamw", "muon"), help=own[1:-1])
+    flag("--warmup", type=int, help=f"steps of rising learning rate {own}")
+    flag("--cooldown", type=float, help=f"last share of the steps, with falling learning rate {own}")
+    flag("--clip-norm", type=float, help=f"the gradient's norm at most, 0 for any {own}")
+    flag("--ema-decay", type=float, help=f"of the averaged weights, a step {own}")
+    flag("--dtype", choices=("bf16", "fp32"), help=f"of the arithmetic; weights stay float32 {own}")
+    flag("--timesteps", choices=("uniform", "logit-normal"), help=f"base, edit: how they are drawn {own}")
+    flag("--score-examples", type=int, default=512, help="held-out examples that the result is scored on; edit: pictures "
+         "are drawn in full for a sixth of as many (default: %(default)s)")
+    flag("--cfg-text", type=float, default=3.0, help="text guidance of sheets and scores, kept as the model's own default "
+         "(default: %(default)s)")
+    flag("--cfg-image", type=float, default=1.5, help="likewise for image guidance (default: %(default)s)")
+    flag("--sheet-minutes", type=float, default=10.0, help="minutes between sample sheets (default: %(default)s)")
+    flag("--save-minutes", type=float, help=f"minutes between checkpoints {own}")
+    flag("--keep", type=int, default=2, help="how many checkpoints (default: %(default)s)")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+
+    editor = parser.add_argument_group("the editor")
+    flag = editor.add_argument
+    flag("--base", type=Path, help="the text-to-image checkpoint to start from (default: OUT/mini-sd.safetensors if there "
+         "is one, else weights/mini-sd.safetensors); edits: public GPT-2 weights to start from")
+    flag("--init", type=Path, help="an editor to go on from, in place of --base; base: the text-to-image checkpoint to "
+         "train further, made with the same autoencoder")
+    flag("--data", help="a data set, as make_data.py writes it or in any layout that ip2p/data.py reads, or `world` for the "
+         "toy world's true pairs (default: data, made if there is none)")
+    flag("--preset", choices=PRESETS, help="see above (default: miniature if the base is one, else paper)")
+    flag("--size", type=int, help="side of the pictures while training (default: 256; the miniature's own)")
+    flag("--max-resize", type=int, help="resize the shorter side to a random number from --size to this, then crop "
+         "(default: --size)")
+    flag("--views", type=int, help=f"views of each prompt (one of its pairs, mirrored or not, cropped) to encode once and "
+         f"cache on disk, which epochs use in turn; 0 encodes a new one in each epoch {own}")
+    flag("--cache", type=Path, default=Path("runs/cache"), help="where (default: %(default)s)")
+    flag("--workers", type=int, default=0, help="processes that decode pictures (default: none but the main one)")
+    flag("--dropout", type=float, default=0.05, help="share of examples that lose the text alone; as many lose both, as "
+         "many the image alone (default: %(default)s)")
+    flag("--image-dropout", action=switch, default=True, help="whether image latents are dropped at all (default: yes)")
+    flag("--train-text", action=switch, help=f"whether the text encoder learns too {own}")
+    flag("--target", choices=("sample", "mode"), help=f"which of a picture's possible latents are to be learned {own}")
+    flag("--scale-image-latents", action=switch, default=False, help="learn from image latents scaled as the noisy ones "
+         "are, for an --init that did; the result takes unscaled ones like any other (default: no)")
+    flag("--checkpointing", action=switch, help=f"compute the UNet's blocks again for their gradients, to save memory {own}")
+    flag("--offload", action=switch, help=f"keep the optimiser's state and the averaged weights in the CPU's memory {own}")
+    flag("--compile", action="store_true", help="torch.compile the UNet")
+
+    small = parser.add_argument_group("the miniature")
+    flag = small.add_argument
+    flag("--subset", choices=("core", "all"), default="core", help="nouns and places of the world (default: %(default)s)")
+    flag("--block", type=int, default=4096, help="base, edit: scenes drawn and encoded at a time (default: %(default)s)")
+    flag("--reuse", type=int, help=f"base, edit: times that each is learned from {own}")
+    flag("--crop", type=int, default=64, help="vae: side of the crops (default: %(default)s)")
+    flag("--num-captions", type=int, default=1000, help="all: captions to draw pairs of (default: %(default)s)")
+    flag("--triples", type=Path, nargs="+", default=TRIPLES, help="edits: jsonl files of {input or caption, edit, output} "
+         "(default: the 700 shipped)")
+    flag("--pretrain-steps", type=int, help="edits: how many of the steps go to captions, before the triples (default: 300; "
+         "none with --base)")
+    flag("--verbatim", action="store_true", default=None, help="edits: learn the triples only as they are written")
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)            # as Ctrl-C
     sys.exit(run_command())

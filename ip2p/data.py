@@ -8,6 +8,7 @@ Three layouts are read:
 - Parquet files as on the Hugging Face hub, one or a folder of them: the same names are columns, pictures {bytes, path}.
   They are held in memory as encoded as they are.
 """
+import hashlib
 import io
 import json
 import math
@@ -75,6 +76,32 @@ class PairedDataset(torch.utils.data.Dataset):
         mirror = rng.random() < self.flip_prob
         both = (to_pixels(picture, width, height)[:, rows, columns] for picture in (before, after))
         return *(pixels.flip(2) if mirror else pixels for pixels in both), instruction
+
+    def whole_example(self, epoch: int, index: int) -> tuple[tuple, list[str]]:
+        """The example of an epoch, or the next one whose files can be read; and what is wrong with those before it.
+        ValueError if none can be."""
+        complaints = []
+        for i in range(len(self)):
+            try:
+                return self.example(epoch, (index + i) % len(self)), complaints
+            except ValueError as error:
+                complaints.append(str(error))
+        raise ValueError(f"no pair can be read; the first: {complaints[0]}" if complaints else "a data set without pairs")
+
+    def fingerprint(self) -> str:
+        """A hash of what the examples depend on: the settings, the instructions, and names, sizes and times of the files."""
+        found = hashlib.sha256(repr((self.prompts, self.sizes, self.crop_res, self.flip_prob, self.seed)).encode())
+        for i in self.prompts:
+            found.update(repr([[_describe(part) for part in pair] for pair in self.pairs[i]]).encode())
+        return found.hexdigest()
+
+
+def _describe(part):
+    """What tells a picture or an instruction from any that could take its place."""
+    if isinstance(part, Path):
+        stat = part.stat() if part.exists() else None
+        return f"{part.parent.name}/{part.name}", stat and (stat.st_size, stat.st_mtime_ns)
+    return hashlib.sha256(part.getvalue()).hexdigest() if isinstance(part, EncodedPicture) else part
 
 
 # ---- the layouts: each a sequence over prompts of lists of (input, edited, instruction)

@@ -75,7 +75,7 @@ def train_edits(args, world):
             pairs.append((encode(make_prompt(caption)), encode(make_completion(edit, output))))
         return completion_loss(model, pairs)
 
-    def loss_fn(step):
+    def loss_fn(step, rows):
         with args.autocast():
             return (captions_loss if step < first else triples_loss)(step), {}
 

@@ -1,7 +1,7 @@
-"""The miniature's models from nothing, on the toy world's scenes: autoencoder, CLIP, text-to-image base.
+"""The miniature's models from nothing, on the toy world's scenes: autoencoder, CLIP, text-to-image base, scorer.
 
-Each stage is a function of the settings (`train.py --help`) and a `World`; it writes its result into `args.out`, where the next
-finds it, and returns what it says of itself in the file.
+Each stage is a function of the settings (`train.py --help`) and a `World`; it writes its result into `args.out`, where the
+next finds it, and returns what it says of itself in the file.
 """
 from dataclasses import replace
 
@@ -15,6 +15,7 @@ from .clip_filter import build_clip, load_clip, normalize_pixels, save_clip
 from .evaluate import psnr
 from .images import contact_sheet, save_image, to_images
 from .pipeline import InstructPix2Pix
+from .scorer import build_scorer, read_scene, save_scorer, score_scorer, scorer_loss
 from .stages import Pool, diffusion_loss, draw_timesteps, encode, history, run
 from .tensorfiles import read_state_dict
 from .text import TextConfig, TextEncoder, Tokenizer
@@ -33,7 +34,7 @@ def train_vae(args, world):
     vae = AutoencoderKL(VAE).to(args.device, memory_format=args.layout)
     start_as_identity(vae)
 
-    def loss_fn(step):
+    def loss_fn(step, rows):
         rng, side = seeded(args.seed, step), args.crop
         pixels, _ = world.pictures(args.seed, step * args.batch_size // 2, args.batch_size // 2)
         corners = torch.randint(0, 128 - side + 1, (2 * len(pixels), 2), generator=rng).tolist()
@@ -99,7 +100,7 @@ def train_clip(args, world):
             texts = clip.encode_text(tokenizer(captions).to(args.device), normalize=True)
         return images.float() @ texts.float().T
 
-    def loss_fn(step):
+    def loss_fn(step, rows):
         logits = clip.logit_scale.exp().clamp(max=100) * similarities(step * args.batch_size, args.batch_size)
         target = torch.arange(len(logits), device=logits.device)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
@@ -114,7 +115,7 @@ def train_clip(args, world):
     return record
 
 
-# ---- the text-to-image base and the editor
+# ---- the text-to-image base
 
 UNET = UNetConfig(in_channels=VAE.z_channels, out_channels=VAE.z_channels, model_channels=64, channel_mult=(1, 2, 2),
                   num_res_blocks=1, attention_levels=(True, True, True), context_dim=TEXT.width, num_heads=None,
@@ -138,11 +139,11 @@ def train_base(args, world):
 
     def draw(start, count, split="train"):
         pixels, captions = world.pictures(args.seed + 2, start, count, split)
-        return encode(vae, pixels, args) * vae.config.scale_factor, captions
+        return encode(vae, pixels, args)[:, 0] * vae.config.scale_factor, captions
 
     pool = Pool(draw, args)
 
-    def loss_fn(step, batch=None, dropout=0.1, timesteps=args.timesteps):
+    def loss_fn(step, rows, batch=None, dropout=0.1, timesteps=args.timesteps):
         rng = seeded(args.seed, step)
         x0, captions = batch or pool.batch(step)
         drop = torch.rand(len(x0), generator=rng) < dropout
@@ -162,13 +163,32 @@ def train_base(args, world):
     record = run(args, model, loss_fn, sheet)
     sheet(args.out / "base" / "sheet-final.png")
     with torch.no_grad():
-        loss, _ = loss_fn(0, draw(0, args.score_examples, "combinations"), dropout=0, timesteps="uniform")
+        loss, _ = loss_fn(0, None, draw(0, args.score_examples, "combinations"), dropout=0, timesteps="uniform")
     record["held_out_loss"] = round(loss.item(), 4)
     record |= dict(cfg_text=args.cfg_text, autoencoder=history(read_state_dict(args.out / "vae.safetensors")[1]))
     record |= {"init": history(begun.metadata)} if args.init else {}
     save_checkpoint(parts, args.out / "mini-sd.safetensors", metadata=record, dtype=torch.float16)
     return record
 
+
+# ---- the scorer, which reads pictures for `python -m ip2p.evaluate`
+
+def train_scorer(args, world):
+    scorer = build_scorer(world).to(args.device, memory_format=args.layout)
+
+    def loss_fn(step, rows):
+        scenes = [world.scene(args.seed + 6, i) for i in range(step * args.batch_size, (step + 1) * args.batch_size)]
+        pixels = world.render(scenes).contiguous(memory_format=args.layout)
+        with args.autocast():
+            return scorer_loss(scorer, pixels, [read_scene(world, scene) for scene in scenes]), {}
+
+    record = run(args, scorer, loss_fn)
+    record["scores"] = score_scorer(scorer, world, args.score_examples)
+    save_scorer(scorer, args.out / "mini-scorer.safetensors", record)
+    return record
+
+
+# ---- what all begin with
 
 def start_as_identity(module):
     """Zero the last layer of every residual branch, so that a deep network begins as a shallow one."""

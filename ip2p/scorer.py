@@ -189,7 +189,7 @@ def score_scorer(scorer: Scorer, world: World, count: int = 512, through=None, s
         for reading, scene in zip(scorer.read(through(pixels) if through else pixels), scenes):
             for name, values in compare(world, reading, read_scene(world, scene)).items():
                 found.setdefault(name, []).extend(values)
-    return {name: round(sum(values) / len(values), 4) for name, values in found.items()}
+    return {name: round(sum(values) / max(1, len(values)), 4) for name, values in found.items()}
 
 
 # ---- files

@@ -1,24 +1,38 @@
 """What the stages of train.py share: one way to run, batches of examples made in blocks, the loss of a diffusion model."""
+import json
 import subprocess
 from datetime import date
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from . import distributed
 from .schedule import add_noise, make_alphas_cumprod, velocity
+from .tensorfiles import replacing
 from .training import fit, seeded
 
 
+# What may change on resuming. Another number of steps moves the cool-down.
+FREE = ("out", "cache", "minutes", "steps", "device", "sheet_minutes", "save_minutes", "keep", "score_examples", "cfg_text",
+        "cfg_image", "accumulate", "offload", "checkpointing", "compile", "workers", "preset", "num_captions")
+
+
 def run(args, module, loss_fn, sheet=None):
-    """Train `module` by the stage's settings. Returns the record that goes into the file's metadata."""
-    # What may change on resuming; another number of steps moves the cool-down.
-    idle = ("minutes", "steps", "device", "sheet_minutes", "score_examples", "cfg_text", "cfg_image")
-    settings = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str)) and k not in idle}
-    result = fit(module, loss_fn, args.out / args.stage, steps=args.steps, minutes=args.minutes, lr=args.lr,
-                 optimizer=args.optimizer, warmup=args.warmup, cooldown=args.cooldown, ema_decay=args.ema_decay,
-                 sheet_minutes=args.sheet_minutes, sheet=sheet, config=settings)
-    data = Path(args.data).name if args.data else f"ip2p.world, {args.subset}"
+    """Train `module` by the stage's settings, which are stored in its folder. Returns the record for the file's metadata."""
+    told = {k: v for k, v in vars(args).items() if k not in ("layout", "autocast") and v is not None}
+    fixed = {k: v.name if isinstance(v, Path) else v for k, v in told.items() if k not in FREE and not isinstance(v, list)}
+    folder = args.out / args.stage
+    folder.mkdir(parents=True, exist_ok=True)
+    if distributed.rank() == 0:
+        with replacing(folder / "settings.json") as temporary:
+            temporary.write_text(json.dumps(told, indent=1, default=str))
+    result = fit(module, loss_fn, folder, steps=args.steps, batch_size=args.batch_size, accumulate=args.accumulate,
+                 minutes=args.minutes, lr=args.lr, optimizer=args.optimizer, warmup=args.warmup, cooldown=args.cooldown,
+                 ema_decay=args.ema_decay, clip_norm=args.clip_norm, offload=args.offload, keep=args.keep,
+                 save_minutes=args.save_minutes, sheet_minutes=args.sheet_minutes, sheet=sheet, config=fixed)
+    data = f"ip2p.world, {args.subset}" if args.data == "world" else Path(args.data).name
     return dict(stage=args.stage, data=data, steps=result["step"], batch_size=args.batch_size,
                 minutes=round(result["seconds"] / 60, 1), finished=result["finished"], commit=commit(),
                 date=str(date.today()))
@@ -31,7 +45,8 @@ def history(record: dict) -> dict:
 
 def commit() -> str:
     """The commit of the code at hand, or "" outside a repository."""
-    answer = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    answer = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     return answer.stdout.strip()
 
 
@@ -42,27 +57,40 @@ class Pool:
     def __init__(self, draw, args):
         self.draw, self.args, self.number = draw, args, None
 
-    def batch(self, step):
+    def batch(self, step, rows=slice(None)):
         B, block = self.args.batch_size, self.args.block // self.args.batch_size * self.args.batch_size
         number, within = divmod(step, block // B * self.args.reuse)
-        again, row = divmod(within, block // B)
+        again, turn = divmod(within, block // B)
         if number != self.number:
             parts = [self.draw(number * block + i, min(128, block - i)) for i in range(0, block, 128)]
             self.columns = [torch.cat(c) if torch.is_tensor(c[0]) else sum(c, []) for c in zip(*parts)]
             self.number = number
-        rows = torch.randperm(block, generator=seeded(self.args.seed, number, again))[row * B:(row + 1) * B].tolist()
-        return [c[rows] if torch.is_tensor(c) else [c[i] for i in rows] for c in self.columns]
+        order = torch.randperm(block, generator=seeded(self.args.seed, number, again))
+        chosen = order[turn * B:(turn + 1) * B][rows].tolist()
+        return [c[chosen] if torch.is_tensor(c) else [c[i] for i in chosen] for c in self.columns]
 
 
 @torch.no_grad()
 def encode(vae, pixels, args):
+    """Mean and log variance of the unscaled latents of pixels, (B, 2, z, h, w) float32."""
     with args.autocast():
-        return vae.encode(pixels).mode().float()
+        posterior = vae.encode(pixels)
+    return torch.stack([posterior.mean, posterior.logvar], 1).float()
+
+
+def to_device(x, args):
+    """A tensor on the device, which is not waited for."""
+    return x.pin_memory().to(args.device, non_blocking=True) if args.device.startswith("cuda") and not x.is_cuda else x
+
+
+@lru_cache
+def alphas_on(device):
+    return make_alphas_cumprod().to(device)
 
 
 def draw_timesteps(distribution, count, rng):
-    """(count,) int64 in 0..999: uniform, as published, or logit-normal (Esser et al. 2024, arXiv:2403.03206) around 650, where
-    the shape of things is decided: less time for the fine grain."""
+    """(count,) int64 in 0..999: uniform, as published, or logit-normal (Esser et al. 2024, arXiv:2403.03206) around 650,
+    where the shape of things is decided: less time for the fine grain."""
     if distribution == "uniform":
         return torch.randint(0, 1000, (count,), generator=rng)
     return (1000 * torch.sigmoid(0.6 + torch.randn(count, generator=rng))).long().clamp(max=999)
@@ -70,7 +98,7 @@ def draw_timesteps(distribution, count, rng):
 
 def diffusion_loss(model, x0, context, t, noise, parameterization, image_latents=None):
     """Mean squared error of the predicted eps or v. x0, noise, image_latents: (B, z, h, w); t: (B,)."""
-    alphas_cumprod = make_alphas_cumprod()
+    alphas_cumprod = alphas_on(x0.device)
     x = add_noise(x0, noise, t, alphas_cumprod)
     x = x if image_latents is None else torch.cat([x, image_latents], 1)
     target = noise if parameterization == "eps" else velocity(x0, noise, t, alphas_cumprod)

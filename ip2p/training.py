@@ -1,11 +1,16 @@
 """One training loop for every stage: exact resume, EMA, warm-up and cool-down, metrics, sheets.
 
-A step is a function of its number: `loss_fn(step)` draws the same batch and noise whenever it is asked for that step. So
-a run that was stopped and repeated is, bit for bit on a CPU, the run that was not.
+A step is a function of its number: `loss_fn(step, rows)` draws the same batch and noise whenever it is asked for that step.
+So a run that was stopped and repeated is, bit for bit on a CPU, the run that was not; and the rows of a step may be shared
+out between parts that follow each other (`accumulate`) and between processes.
 """
+import copy
 import json
+import math
+import os
 import signal
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable
 
@@ -13,8 +18,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from . import distributed
 from .muon import Muon
-from .tensorfiles import replacing
+from .run_folder import draw_loss, forget_after, list_checkpoints, read_newest, write_checkpoint
 
 
 def seeded(*numbers) -> torch.Generator:
@@ -39,11 +45,6 @@ class EMA:
         params = dict(module.named_parameters())
         torch._foreach_lerp_(list(self.weights.values()), [params[name] for name in self.weights], 1 - decay)
 
-    def swap(self, module: nn.Module):
-        """Exchange the module's weights with the average; a second call undoes it."""
-        for name, p in module.named_parameters():
-            p.data, self.weights[name] = self.weights[name], p.data
-
 
 def make_optimizers(module: nn.Module, name: str, lr: float, weight_decay: float = 0.01):
     """AdamW over everything; or Muon (at 20 lr) over the inner matrices and AdamW over the rest."""
@@ -64,96 +65,149 @@ def lr_scale(step: int, steps: int, warmup: int, cooldown: float) -> float:
     return min(rise, fall)
 
 
-def fit(module: nn.Module, loss_fn: Callable, folder: Path, *, steps: int, minutes: float | None = None, lr: float = 1e-4,
-        optimizer: str = "adamw", warmup: int = 100, cooldown: float = 0.0, ema_decay: float = 0.9999,
-        clip_norm: float = 1.0, save_minutes: float = 3.0, sheet_minutes: float = 10.0, sheet: Callable | None = None,
-        config: dict | None = None) -> dict:
+def fit(module: nn.Module, loss_fn: Callable, folder: Path, *, steps: int, batch_size: int = 1, accumulate: int = 1,
+        minutes: float | None = None, lr: float = 1e-4, optimizer: str = "adamw", warmup: int = 100, cooldown: float = 0.0,
+        ema_decay: float = 0.9999, clip_norm: float = 1.0, offload: bool = False, keep: int = 2, save_minutes: float = 3.0,
+        sheet_minutes: float = 10.0, sheet: Callable | None = None, config: dict | None = None) -> dict:
     """Train `module` until `steps` are done or `minutes` of this call have passed, resuming from `folder`.
 
-    loss_fn(step) -> (loss, dict of numbers to log). sheet(path) writes a picture, called with the averaged weights.
-    In `folder`: last.pt (everything needed to go on), metrics.jsonl, sheet-*.png. On return, by whichever way (SIGINT and
-    SIGTERM stop after the step in hand), the module holds the averaged weights. Returns {"step", "seconds", "finished"}.
-    Raises ValueError if the folder holds a run with another `config`, or the loss is not finite.
+    loss_fn(step, rows) -> (loss, dict of numbers to log), the mean over `rows`, a slice of the step's `batch_size` examples;
+    the parts are equal and their gradients are averaged. sheet(path) writes a picture, called with the averaged weights.
+    clip_norm: the most that the gradient's norm may be, 0 for any. offload: the optimiser's state, the average and the
+    weights that they go with are kept in the CPU's memory, and the module gets a copy after each step.
+    In `folder`: the last `keep` checkpoints step-*.pt (everything needed to go on), metrics.jsonl, loss.png, sheet-*.png.
+    On return the module holds the averaged weights. Returns {"step", "seconds", "finished"}.
+    SIGINT and SIGTERM stop it after the step in hand: it saves, and raises KeyboardInterrupt.
+    Raises ValueError if the folder holds a run with another `config`, the loss is not finite, or a file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    ema, optimizers, config = EMA(module, ema_decay), make_optimizers(module, optimizer, lr), config or {}
-    step, seconds, last = 0, 0.0, folder / "last.pt"
-    if last.exists():
-        saved = torch.load(last, weights_only=True, map_location="cpu")
+    leads, parts = distributed.rank() == 0, distributed.own_rows(batch_size, accumulate)
+    master = copy.deepcopy(module).cpu() if offload else module
+    weights, master_weights = ([p for p in m.parameters() if p.requires_grad] for m in (module, master))
+    ema, optimizers, config = EMA(master, ema_decay), make_optimizers(master, optimizer, lr), config or {}
+    step, seconds, saved = 0, 0.0, read_newest(folder)
+    if saved:
         if saved["config"] != config:
             changed = {k for k in saved["config"] | config if saved["config"].get(k) != config.get(k)}
             raise ValueError(f"{folder} holds a run with other settings ({', '.join(sorted(changed))}): repeat its command, "
                              f"or give another --out")
+        master.load_state_dict(saved["model"])
         module.load_state_dict(saved["model"])
         for o, state in zip(optimizers, saved["opt"]):
             o.load_state_dict(state)
         for name, value in saved["ema"].items():
             ema.weights[name].copy_(value)
         ema.updates, step, seconds = saved["ema_updates"], saved["step"], saved["seconds"]
-        print(f"resuming {folder} at step {step}", flush=True)
+        if leads:
+            print(f"resuming {folder} at step {step}", flush=True)
+    first, saved = step, None                                          # what was read takes memory
+    if leads:
+        forget_after(folder, step)
+    distributed.wait_for_all()
+
+    device = weights[0].device
+    good = torch.ones((), dtype=torch.bool, device=device)             # read only now and then: reading waits for the device
+
+    def check():
+        if not good.item():
+            found = list_checkpoints(folder)
+            where = f"{found[-1]} holds the last good state" if found else "nothing was saved yet"
+            raise ValueError(f"the loss or its gradient is no longer finite, seen at step {step}; {where}")
 
     def save():
-        record = dict(model=module.state_dict(), ema=ema.weights, ema_updates=ema.updates, config=config, step=step,
-                      opt=[o.state_dict() for o in optimizers], seconds=seconds)
-        with replacing(last) as temporary:
-            torch.save(record, temporary)
+        check()
+        if leads:
+            record = dict(model=master.state_dict(), ema=ema.weights, ema_updates=ema.updates, config=config, step=step,
+                          opt=[o.state_dict() for o in optimizers], seconds=seconds)
+            write_checkpoint(folder, record, keep)
+
+    def draw():
+        if leads and sheet:
+            with averaged(module, ema):
+                sheet(folder / f"sheet-{step:07d}.png")
+            draw_loss(folder)
 
     stop = []
     handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     began = logged = saved_at = drawn_at = time.monotonic()
-    logged_step = step
+    logged_step, end = step, math.inf if minutes is None else began + 60 * minutes
     module.train()
-    bar = tqdm(total=steps, initial=step, dynamic_ncols=True, mininterval=1, desc=folder.name)
+    bar = tqdm(total=steps, initial=step, dynamic_ncols=True, mininterval=1, desc=folder.name, disable=not leads)
     try:
-        with open(folder / "metrics.jsonl", "a") as metrics:
-            while step < steps and not stop and (minutes is None or time.monotonic() - began < 60 * minutes):
+        with open(folder / "metrics.jsonl" if leads else os.devnull, "a") as metrics:
+            while step < steps and not distributed.any_of(bool(stop) or time.monotonic() >= end):
                 tick = time.monotonic()
                 scale = lr_scale(step, steps, warmup, cooldown)
                 for o in optimizers:
                     for group in o.param_groups:
                         group["lr"] = scale * (20 * lr if isinstance(o, Muon) else lr)
-                loss, numbers = loss_fn(step)
-                loss.backward()
-                norm = nn.utils.clip_grad_norm_(module.parameters(), clip_norm)
+                loss = torch.zeros((), device=device)
+                for rows in parts:
+                    part, numbers = loss_fn(step, rows)
+                    (part / len(parts)).backward()
+                    loss += part.detach() / len(parts)
+                distributed.average([loss, *(p.grad for p in weights if p.grad is not None)])
+                norm = nn.utils.clip_grad_norm_(weights, clip_norm or math.inf)
+                good &= loss.isfinite() & norm.isfinite()
+                if offload:
+                    for p, m in zip(weights, master_weights):
+                        m.grad, p.grad = None if p.grad is None else p.grad.cpu(), None
                 for o in optimizers:
                     o.step()
                     o.zero_grad(set_to_none=True)
-                ema.update(module)
+                ema.update(master)
+                if offload:
+                    copy_weights(master_weights, weights)
                 step += 1
                 now = time.monotonic()
                 seconds += now - tick
                 bar.update()
                 if step % 20 == 0 or step == steps:
-                    value = loss.item()
-                    if not torch.isfinite(torch.tensor(value)):
-                        raise ValueError(f"the loss became {value} at step {step}; {last} holds the last good state")
-                    row = dict(step=step, loss=value, lr=scale * lr, grad_norm=float(norm),
+                    check()
+                    row = dict(step=step, loss=float(loss), lr=scale * lr, grad_norm=float(norm),
                                seconds_per_step=(now - logged) / (step - logged_step), seconds=seconds)
                     row |= {k: float(v.detach() if isinstance(v, torch.Tensor) else v) for k, v in numbers.items()}
                     metrics.write(json.dumps({k: float(f"{v:.6g}") for k, v in row.items()}) + "\n")
                     metrics.flush()
-                    bar.set_postfix(loss=f"{value:.4f}", lr=f"{scale * lr:.1e}")
+                    bar.set_postfix_str(f"loss {row['loss']:.4f}, lr {row['lr']:.1e}, "
+                                        f"{batch_size / row['seconds_per_step']:.3g} examples/s", refresh=False)
                     logged, logged_step = now, step
                 if now - saved_at > 60 * save_minutes:
                     save()
                     saved_at = time.monotonic()
-                if sheet and now - drawn_at > 60 * sheet_minutes:
-                    _draw(module, ema, sheet, folder / f"sheet-{step:07d}.png")
+                if now - drawn_at > 60 * sheet_minutes:
+                    draw()
                     drawn_at = time.monotonic()
+            if step > first:
+                save()
     finally:
         bar.close()
         for s, handler in handlers.items():
             signal.signal(s, handler)
-    save()
-    ema.swap(module)
+    if leads:
+        draw_loss(folder)
+    if distributed.any_of(bool(stop)):
+        raise KeyboardInterrupt(f"stopped at step {step}")
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            p.copy_(ema.weights[name])
     module.eval()
     return dict(step=step, seconds=seconds, finished=step >= steps)
 
 
-def _draw(module, ema, sheet, path):
-    ema.swap(module)
+@torch.no_grad()
+def copy_weights(source, target):
+    for s, t in zip(source, target):
+        t.copy_(s, non_blocking=True)
+
+
+@contextmanager
+def averaged(module, ema):
+    """Within the block the module holds the averaged weights, in eval mode and without gradients."""
+    own = [p.detach().clone() for p in module.parameters()]
+    copy_weights(ema.weights.values(), module.parameters())
     module.eval()
     with torch.no_grad():
-        sheet(path)
-    ema.swap(module)
+        yield
+    copy_weights(own, module.parameters())
     module.train()

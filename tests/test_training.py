@@ -1,6 +1,7 @@
 """The training loop, and every stage of train.py at tiny size."""
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from ip2p.muon import orthogonalize
+from ip2p.run_folder import list_checkpoints
 from ip2p.stages import Pool
 from ip2p.training import EMA, fit, lr_scale, seeded
 
@@ -22,30 +25,57 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 
 
-def make_run(folder, steps, minutes=None, stop_after=None):
-    """A small regression. `stop_after` raises KeyboardInterrupt's signal in the middle, as Ctrl-C would."""
+def make_run(folder, steps, minutes=None, stop_after=None, accumulate=1, spoil=None, **settings):
+    """A small regression. `stop_after` sends this process a SIGTERM in the middle; `spoil` makes a step's loss infinite."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 4))
 
-    def loss_fn(step):
+    def loss_fn(step, rows):
         if step == stop_after:
             os.kill(os.getpid(), signal.SIGTERM)
-        x = torch.randn(32, 8, generator=seeded(0, step))
-        return (model(x) - x[:, :4] ** 2).square().mean(), {}
+        x = torch.randn(32, 8, generator=seeded(0, step))[rows]
+        loss = (model(x) - x[:, :4] ** 2).square().mean()
+        return (loss * math.inf if step == spoil else loss), {}
 
-    result = fit(model, loss_fn, folder, steps=steps, minutes=minutes, lr=1e-2, optimizer="muon", warmup=5, cooldown=0.3,
-                 config=dict(steps=steps))
+    settings = dict(optimizer="muon", lr=1e-2, warmup=5, cooldown=0.3) | settings
+    result = fit(model, loss_fn, folder, steps=steps, batch_size=32, accumulate=accumulate, minutes=minutes,
+                 config=dict(steps=steps), **settings)
     return model.state_dict(), result
 
 
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def read_metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def test_resume_equals_uninterrupted_run(tmp_path):
-    whole, result = make_run(tmp_path / "whole", 40)
-    assert result["finished"] and result["step"] == 40
-    _, first = make_run(tmp_path / "parts", 40, stop_after=17)
-    assert not first["finished"] and first["step"] == 18
-    parts, second = make_run(tmp_path / "parts", 40)
-    assert second["finished"]
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    whole, result = make_run(tmp_path / "whole", 60)
+    assert result["finished"] and result["step"] == 60
+    for stop_after in (17, 40, 58):
+        with pytest.raises(KeyboardInterrupt, match=f"stopped at step {stop_after + 1}"):
+            make_run(tmp_path / "parts", 60, stop_after=stop_after)
+    parts, second = make_run(tmp_path / "parts", 60)
+    assert second["finished"] and same(whole, parts)
+    losses = [[(row["step"], row["loss"]) for row in read_metrics(tmp_path / name)] for name in ("whole", "parts")]
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
+def test_what_was_logged_after_the_last_checkpoint_is_forgotten(tmp_path):
+    """As after a kill: metrics go on to step 60, checkpoints to 40."""
+    make_run(tmp_path, 60)
+    before = read_metrics(tmp_path)
+    (tmp_path / "step-0000060.pt").unlink()
+    (tmp_path / ".step-0000061.pt.1.tmp").write_bytes(b"half a checkpoint")
+    with pytest.raises(KeyboardInterrupt):
+        make_run(tmp_path / "short", 60, stop_after=39)
+    (tmp_path / "short" / "step-0000040.pt").rename(tmp_path / "step-0000040.pt")
+    make_run(tmp_path, 60)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [20, 40, 60]
+    assert read_metrics(tmp_path)[2]["loss"] == before[2]["loss"]
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_folder_with_other_settings_is_refused(tmp_path):
@@ -54,16 +84,70 @@ def test_a_folder_with_other_settings_is_refused(tmp_path):
         make_run(tmp_path, 6)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    model = nn.Linear(2, 1)
-    with pytest.raises(ValueError, match="the loss became nan"):
-        fit(model, lambda step: (model(torch.full((1, 2), float("nan"))).sum(), {}), tmp_path, steps=20)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_offloading_changes_where_numbers_are_and_none_of_them(tmp_path, optimizer):
+    whole, _ = make_run(tmp_path / "a", 12, optimizer=optimizer)
+    assert same(whole, make_run(tmp_path / "b", 12, optimizer=optimizer, offload=True)[0])
+    with pytest.raises(KeyboardInterrupt):
+        make_run(tmp_path / "c", 12, optimizer=optimizer, offload=True, stop_after=5)
+    assert same(whole, make_run(tmp_path / "c", 12, optimizer=optimizer, offload=True)[0])
 
 
-def test_checkpoints_load_with_weights_only(tmp_path):
-    make_run(tmp_path, 4)
-    saved = torch.load(tmp_path / "last.pt", weights_only=True)
+@pytest.mark.parametrize("clip_norm", [0.0, 0.05])
+def test_accumulation_is_the_whole_batch_in_parts(tmp_path, clip_norm):
+    """Up to rounding: float32's, through 40 steps of AdamW."""
+    whole, _ = make_run(tmp_path / "whole", 40, optimizer="adamw", clip_norm=clip_norm)
+    parts, _ = make_run(tmp_path / "parts", 40, optimizer="adamw", clip_norm=clip_norm, accumulate=4)
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-5)
+    assert not same(whole, make_run(tmp_path / "other", 40, optimizer="adamw", clip_norm=0.5 * clip_norm + 0.02)[0])
+
+
+@pytest.mark.parametrize("spoil", [0, 30])
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path, spoil):
+    """Saving after every step, and reading the loss after every twentieth: it is found when it would be saved."""
+    with pytest.raises(ValueError) as stopped:
+        make_run(tmp_path, 60, spoil=spoil, save_minutes=0)
+    where = f"{tmp_path}/step-0000030.pt holds the last good state" if spoil else "nothing was saved yet"
+    assert str(stopped.value) == f"the loss or its gradient is no longer finite, seen at step {spoil + 1}; {where}"
+    for path in tmp_path.glob("*.pt"):
+        saved = torch.load(path, weights_only=True)
+        assert saved["step"] <= spoil and all(t.isfinite().all() for t in [*saved["model"].values(), *saved["ema"].values()])
+    with pytest.raises(ValueError, match="seen at step 40"):                # without saving, when it is logged
+        make_run(tmp_path / "unsaved", 60, spoil=30)
+    assert not list((tmp_path / "unsaved").glob("*.pt"))
+
+
+def test_the_last_checkpoints_are_kept_and_load_with_weights_only(tmp_path):
+    make_run(tmp_path, 7, save_minutes=0, keep=3)
+    assert [p.name for p in list_checkpoints(tmp_path)] == [f"step-{i:07d}.pt" for i in (5, 6, 7)]
+    saved = torch.load(tmp_path / "step-0000007.pt", weights_only=True)
     assert {"model", "ema", "opt", "step", "config"} <= set(saved)
+
+
+@pytest.mark.parametrize("left", [0, 100, 2000])
+def test_a_broken_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, left):
+    whole, _ = make_run(tmp_path / "whole", 30)
+    with pytest.raises(KeyboardInterrupt):
+        make_run(tmp_path / "run", 30, stop_after=11, save_minutes=0)
+    newest = tmp_path / "run" / "step-0000012.pt"
+    newest.write_bytes(newest.read_bytes()[:left])
+    parts, _ = make_run(tmp_path / "run", 30)
+    said = capsys.readouterr().out
+    assert f"{newest} is damaged" in said and "going on from the one before" in said and "at step 11" in said
+    assert same(whole, parts)
+    for path in list_checkpoints(tmp_path / "run"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="none of its checkpoints can be read"):
+        make_run(tmp_path / "run", 30)
+
+
+def test_the_loss_is_drawn(tmp_path):
+    """The curve falls: its dark line is further down at the right than at the left."""
+    make_run(tmp_path, 400)
+    page = Image.open(tmp_path / "loss.png").convert("RGB")
+    dark = [[y for y in range(page.height) if page.getpixel((x, y)) == (0, 0, 128)] for x in (45, page.width - 45)]
+    assert dark[0] and dark[1] and max(dark[0]) + 100 < min(dark[1])
 
 
 def test_ema_follows_the_published_warm_up():
@@ -115,10 +199,11 @@ def test_pool_batches_depend_on_the_step_alone():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """All stages, a few steps each, one from the other, as commands."""
+    """All stages of the miniature, a few steps each, one from the other, as commands."""
     out, records = tmp_path_factory.mktemp("runs"), {}
-    for stage, size in (("vae", 2), ("clip", 4), ("base", 2), ("edit", 2)):
-        code, records[stage] = command("--stage", stage, "--out", out, "--steps", 2, "--batch-size", size)
+    for stage, size in (("vae", 2), ("clip", 4), ("base", 2), ("scorer", 2), ("edit", 2)):
+        flags = ("--data", "world") if stage == "edit" else ()
+        code, records[stage] = command("--stage", stage, "--out", out, "--steps", 2, "--batch-size", size, *flags)
         assert code == 0, records[stage]
     return out, records
 
@@ -126,22 +211,22 @@ def trained(tmp_path_factory):
 def command(*flags):
     """Runs train.py on little. Returns its status, and the record that it printed last or what it complained of."""
     with redirect_stdout(StringIO()) as said, redirect_stderr(StringIO()) as complaint:
-        code = train.run_command([*map(str, flags), "--block", "4", "--reuse", "1", "--device", "cpu", "--score-examples", "2"])
+        code = train.run_command([*map(str, flags), *"--block 4 --reuse 1 --device cpu --score-examples 2".split()])
     return code, complaint.getvalue() if code else json.loads(said.getvalue().strip().splitlines()[-1])
 
 
 def test_every_stage_runs_and_says_what_it_did(trained):
     out, records = trained
-    assert {p.name for p in out.glob("*.safetensors")} == {"vae.safetensors", "mini-clip.safetensors", "mini-sd.safetensors",
-                                                          "mini-ip2p.safetensors"}
+    assert {p.name for p in out.glob("*.safetensors")} == set(train.RESULTS.values()) - {"mini-gpt.safetensors"}
     for stage, record in records.items():
         assert record["stage"] == stage and record["steps"] == 2 and "commit" in record
+        settings = json.loads((out / stage / "settings.json").read_text())
+        assert settings["steps"] == 2 and settings["ema_decay"] and settings["device"] == "cpu"
+        assert record["data"] == "ip2p.world, core"
     assert records["vae"]["psnr"] > 5 and set(records["edit"]["psnr"]) == {"edit", "unedited", "autoencoder"}
 
 
 def test_the_trained_editor_edits(trained):
-    from PIL import Image
-
     from ip2p import InstructPix2Pix
     model = InstructPix2Pix.load(trained[0] / "mini-ip2p.safetensors")
     picture, = model.edit(Image.new("RGB", (128, 128), "green"), "make it night", steps=2, progress=False)
@@ -150,7 +235,6 @@ def test_the_trained_editor_edits(trained):
 
 def test_trains_on_a_data_set_and_from_a_base(trained, tmp_path):
     """A folder in the published layout; and a base trained further, for more steps than were first asked for."""
-    from PIL import Image
     out, _ = trained
     for i in range(3):
         folder = tmp_path / "data" / f"{i:07d}"
@@ -159,14 +243,16 @@ def test_trains_on_a_data_set_and_from_a_base(trained, tmp_path):
         for side in (0, 1):
             Image.new("RGB", (128, 128), (80 * i, 200 * side, 0)).save(folder / f"5_{side}.jpg")
     (tmp_path / "data" / "seeds.json").write_text(json.dumps([[f"{i:07d}", ["5"]] for i in range(3)]))
-    edit = ("--batch-size", 2, "--stage", "edit", "--base", out / "mini-sd.safetensors", "--out", tmp_path / "runs", "--steps", 2)
+    edit = ("--batch-size", 2, "--base", out / "mini-sd.safetensors", "--out", tmp_path / "runs", "--steps", 2,
+            "--cache", tmp_path / "cache")
     code, record = command(*edit, "--data", tmp_path / "data")
     assert code == 0 and record["data"] == "data" and record["steps"] == 2, record
-    code, line = command(*edit)                                        # the same run on other data
+    code, line = command(*edit, "--data", "world")                     # the same run on other data
     assert code == 2 and "other settings (data)" in line and line.count("\n") == 1
-    base = ("--batch-size", 2, "--stage", "base", "--init", out / "mini-sd.safetensors", "--out", out, "--seed", 1, "--steps")
+    start = out / "mini-sd.safetensors"
+    base = ("--batch-size", 2, "--stage", "base", "--init", start, "--out", out, "--seed", 1, "--steps")
     code, line = command(*base, 2)
-    assert code == 2 and "other settings (seed)" in line             # the first run is still there
+    assert code == 2 and "other settings (init, seed)" in line       # the first run is still there
     (out / "base").rename(out / "first")
     for steps in (1, 3):
         code, record = command(*base, steps)
@@ -176,20 +262,37 @@ def test_trains_on_a_data_set_and_from_a_base(trained, tmp_path):
 @pytest.mark.parametrize("flags, complaint", [
     ("--steps 0", "--steps must be at least 1, got 0"),
     ("--batch-size 64 --block 32", "--block must be at least 64, got 32"),
+    ("--batch-size 6 --accumulate 4", "--batch-size 6 cannot be shared out between 4 parts"),
+    ("--stage clip --batch-size 8 --accumulate 4", "--stage clip learns in one process and one part"),
     ("--lr nan", "--lr must be a finite number"),
+    ("--clip-norm -1", "--clip-norm must be a finite number, not below zero, got -1"),
+    ("--dropout 0.5", "--dropout must be in 0..1/3, got 0.5"),
+    ("--views -1", "--views must be at least 0, got -1"),
+    ("--size 100", "--size must be a multiple of 32, got 100"),
+    ("--max-resize 100", "--max-resize must be at least --size, 128, got 100"),
+    ("--preset nothing", "argument --preset: invalid choice: 'nothing'"),
     ("--device nonsense", "--device nonsense cannot be used here"),
     ("--stage base", "vae.safetensors is missing: train --stage vae with the same --out first"),
     ("--base missing.safetensors", "missing.safetensors: no such file"),
+    ("--base weights/mini-ip2p.safetensors", "to go on from an editor, give it as --init"),
+    ("--init weights/mini-sd.safetensors", "to fine-tune a text-to-image model into one, give it as --base"),
+    ("--init a --base b", "--base is widened into an editor, --init is an editor already: give one of the two"),
+    ("--data /nowhere", "/nowhere: not a data set"),
 ])
-def test_bad_settings_get_one_line(flags, complaint, tmp_path):
-    done = subprocess.run([sys.executable, "train.py", "--out", str(tmp_path / "runs"), *flags.split()], cwd=ROOT,
-                          capture_output=True, text=True)
-    assert done.returncode == 2
-    assert complaint in done.stderr and done.stderr.count("\n") == 1
+def test_bad_settings_get_one_line(flags, complaint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    try:
+        code = train.run_command(["--out", str(tmp_path / "runs"), *flags.split()])
+    except SystemExit as stopped:                                     # argparse's own
+        code = stopped.code
+    said = capsys.readouterr().err
+    assert code == 2 and complaint in said and said.count("\n") == 1
 
 
 def test_help_explains_every_flag():
     done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
-    for flag in ("--stage", "--out", "--steps", "--minutes", "--batch-size", "--lr", "--optimizer", "--seed", "--device"):
-        assert flag in done.stdout
+    for action in vars(train.parse([])):
+        assert f"--{action.replace('_', '-')}" in done.stdout
+    for preset in train.PRESETS:
+        assert preset in done.stdout

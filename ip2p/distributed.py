@@ -1,0 +1,65 @@
+"""Several processes, one run: torchrun starts them, each learns from its rows of a step's examples, and gradients are
+averaged before the step. Without torchrun there is one process, and nothing here does anything."""
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def start(device: str) -> str:
+    """Joins the processes that torchrun started. Returns this one's device."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return device
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=1))         # the others wait while the first fills a cache
+    return device
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def wait_for_all():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def own_rows(batch_size: int, accumulate: int) -> list[slice]:
+    """Which of a step's examples this process learns from, in `accumulate` parts."""
+    size = batch_size // (accumulate * processes())
+    first = rank() * accumulate
+    return [slice(i * size, (i + 1) * size) for i in range(first, first + accumulate)]
+
+
+def average(tensors: list[Tensor], bucket: int = 2 ** 25):
+    """Replace each tensor by its mean over the processes; `bucket`: numbers sent at a time."""
+    if processes() == 1:
+        return
+    while tensors:
+        count = total = 0
+        while count < len(tensors) and (count == 0 or total + tensors[count].numel() <= bucket):
+            total += tensors[count].numel()
+            count += 1
+        some, tensors = tensors[:count], tensors[count:]
+        flat = torch.cat([t.flatten() for t in some])
+        dist.all_reduce(flat)
+        for t, mean in zip(some, (flat / processes()).split([t.numel() for t in some])):
+            t.copy_(mean.view_as(t))
+
+
+def any_of(flag: bool) -> bool:
+    """Whether it is true in any process. Sent between CPUs, so that no accelerator is waited for."""
+    if processes() == 1:
+        return flag
+    answer = torch.tensor(float(flag))
+    dist.all_reduce(answer, dist.ReduceOp.MAX)
+    return bool(answer)

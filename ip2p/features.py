@@ -1,0 +1,212 @@
+"""What an editor learns from, of a data set: latents of both pictures of a pair, and its instruction or the features of it.
+
+`LivePairs` decodes and encodes pairs as they come, new views of them in each epoch. `CachedPairs` has done so once, for a
+few views of each; its files are memory-mapped, fill up from where they were when a run is killed, and lie in a folder named
+for all that they depend on: so none is ever out of date, and all runs that need the same share them.
+
+The examples of step s are numbers s * batch_size, ... of the data set's epochs one after the other, each in its own order.
+"""
+import hashlib
+import json
+import os
+import signal
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from .data import PairedDataset
+
+CHUNK = 16                       # examples that are encoded together: the files grow by so many
+
+
+class _Decoded(Dataset):
+    """decode(n) as a data set, for workers."""
+
+    def __init__(self, decode):
+        self.decode = decode
+
+    def __getitem__(self, n):
+        return self.decode(n)
+
+
+def _load(decode, batches, workers):
+    """Lists of decode(n), in the order of batches of numbers. Signals are the main process's business."""
+    def leave_alone(_):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    return iter(DataLoader(_Decoded(decode), batch_sampler=batches, num_workers=workers, collate_fn=list,
+                           worker_init_fn=leave_alone))
+
+
+class Skipped(set):
+    """Complaints of what could not be read. Each is printed once."""
+
+    def note(self, complaints):
+        for complaint in set(complaints) - self:
+            tqdm.write(f"skipped: {complaint}")
+        self.update(complaints)
+
+
+class LivePairs:
+    """encode(before, after): pixels (B, 3, H, W) to image latents (B, z, h, w) and a target (B, 2, z, h, w).
+    parts: the rows of a step that are asked for, in this order; workers: processes that decode ahead, 0 for none."""
+
+    def __init__(self, data: PairedDataset, encode: Callable, *, steps: int, batch_size: int, parts: list[slice], workers=0):
+        self.data, self.encode, self.steps, self.batch_size = data, encode, steps, batch_size
+        self.parts, self.workers = parts, workers
+        self.order, self.skipped, self.next = lru_cache(2)(data.order), Skipped(), None
+
+    def _decode(self, n):
+        epoch, position = divmod(n, len(self.data))
+        return self.data.whole_example(epoch, self.order(epoch)[position])
+
+    def batch(self, step: int, rows: slice):
+        """(image latents, target, list of instructions) of these rows of the step."""
+        part = self.parts.index(rows)
+        if self.next != (step, part):
+            self.loader = _load(self._decode, self._numbers(step, part), self.workers)
+        examples, complaints = zip(*next(self.loader))
+        self.next = (step, part + 1) if rows != self.parts[-1] else (step + 1, 0)
+        self.skipped.note(sum(complaints, []))
+        before, after, instructions = zip(*examples)
+        return *self.encode(torch.stack(before), torch.stack(after)), list(instructions)
+
+    def _numbers(self, first_step, first_part):
+        """The examples of each part of each step, from these on."""
+        for step in range(first_step, self.steps):
+            for part in self.parts[first_part if step == first_step else 0:]:
+                yield range(step * self.batch_size + part.start, step * self.batch_size + part.stop)
+
+
+class CachedPairs:
+    """Views of each pair, encoded once; an epoch has view `epoch % views`, the one that `data.example` gives for that epoch.
+
+    encode: as for `LivePairs`. encode_text: texts to their features (B, M, D); None if `batch` shall give the texts.
+    folder: where caches are; weights: the modules that encode; told: what else the numbers depend on. All is stored in half
+    precision: with Stable Diffusion at 256 x 256, 24 KiB for a view and 116 KiB for an instruction.
+    """
+
+    def __init__(self, data: PairedDataset, folder, views: int, encode: Callable, encode_text: Callable | None, *,
+                 batch_size: int, weights: list, told: dict, workers: int = 0):
+        self.data, self.views, self.encode, self.encode_text = data, views, encode, encode_text
+        self.batch_size, self.workers, self.skipped, self.order = batch_size, workers, Skipped(), lru_cache(2)(data.order)
+        hashes = [hash_weights(module) for module in weights]
+        key = json.dumps([views, CHUNK, data.fingerprint(), encode_text is not None, told, hashes])
+        self.folder = Path(folder) / hashlib.sha256(key.encode()).hexdigest()[:24]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        blank = torch.zeros(1, 3, data.crop_res, data.crop_res)
+        self.shape = (3, *encode(blank, blank)[0].shape[1:])             # image latents; mean, log variance of the target
+        self.text_shape = encode_text([""]).shape[1:] if encode_text else (0,)
+        with locked(self.folder / "lock"):
+            self._fill()
+        self._open()
+
+    def _path(self, name):
+        return self.folder / name
+
+    def _fill(self):
+        """Encode what is not there yet. An example counts once index.i32, written last, has the number of its text."""
+        total, N = self.views * len(self.data), len(self.data)
+        sizes = {"latents.f16": 2 * int(np.prod(self.shape)), "index.i32": 4}
+        there = min(p.stat().st_size // size if (p := self._path(name)).exists() else 0 for name, size in sizes.items())
+        done = there if there == total else there // CHUNK * CHUNK
+        index = np.fromfile(self._path("index.i32"), np.int32, done) if done else np.zeros(0, np.int32)
+        lines = self._path("texts.jsonl").read_text("utf-8").splitlines() if done else []
+        texts = {json.loads(line): i for i, line in enumerate(lines[:max([-1, *index]) + 1])}
+        if done == total:
+            return
+        sizes |= {"contexts.f16": 2 * int(np.prod(self.text_shape))}
+        for name, count in (("latents.f16", done), ("index.i32", done), ("contexts.f16", len(texts))):
+            self._path(name).touch()
+            os.truncate(self._path(name), count * sizes[name])
+        self._path("texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts), "utf-8")
+
+        def decode(n):
+            try:
+                return self.data.example(*divmod(n, N))
+            except ValueError:
+                return None
+
+        chunks = [range(i, min(i + CHUNK, total)) for i in range(done, total, CHUNK)]
+        names = ("latents.f16", "contexts.f16", "texts.jsonl", "index.i32")
+        with tqdm(total=total, initial=done, desc="encoding", unit="pair", dynamic_ncols=True) as bar:
+            files = [open(self._path(name), "ab") for name in names]
+            try:
+                for examples in _load(decode, chunks, self.workers):
+                    for file, content in zip(files, self._encode_chunk(examples, texts)):
+                        file.write(content)
+                        file.flush()
+                    bar.update(len(examples))
+            finally:
+                for file in files:
+                    file.close()
+
+    def _encode_chunk(self, examples, texts):
+        """What to append to each file. New texts are added to `texts`."""
+        whole = [i for i, example in enumerate(examples) if example is not None]
+        latents = np.zeros((len(examples), *self.shape), np.float16)
+        if whole:
+            before, after = (torch.stack([examples[i][k] for i in whole]) for k in (0, 1))
+            image_latents, target = self.encode(before, after)
+            latents[whole] = torch.cat([image_latents[:, None], target], 1).half().cpu().numpy()
+        new = [text for text in dict.fromkeys(examples[i][2] for i in whole) if text not in texts]
+        texts.update({text: len(texts) + i for i, text in enumerate(new)})
+        contexts = self.encode_text(new).half().cpu().numpy().tobytes() if new and self.encode_text else b""
+        index = np.array([-1 if example is None else texts[example[2]] for example in examples], np.int32)
+        return latents.tobytes(), contexts, "".join(json.dumps(text) + "\n" for text in new).encode(), index.tobytes()
+
+    def _open(self):
+        N = len(self.data)
+        self.index = np.fromfile(self._path("index.i32"), np.int32)
+        self.latents = np.memmap(self._path("latents.f16"), np.float16, "r", shape=(len(self.index), *self.shape))
+        self.texts = [json.loads(line) for line in self._path("texts.jsonl").read_text("utf-8").splitlines()]
+        self.row = np.empty((self.views, N), np.int64)                   # of an example, or of the next that is whole
+        for view, index in enumerate(self.index.reshape(self.views, N)):
+            whole = np.flatnonzero(index >= 0)
+            for broken in np.flatnonzero(index < 0).tolist():
+                self._complain(view, broken)
+            if not len(whole):
+                raise ValueError(f"no pair can be read; the first: {min(self.skipped)}")
+            self.row[view] = view * N + whole[np.searchsorted(whole, np.arange(N)) % len(whole)]
+        if self.encode_text:
+            self.contexts = np.memmap(self._path("contexts.f16"), np.float16, "r", shape=(len(self.texts), *self.text_shape))
+
+    def _complain(self, view, index):
+        try:
+            self.data.example(view, index)
+        except ValueError as error:
+            self.skipped.note([str(error)])
+
+    def batch(self, step: int, rows: slice):
+        """(image latents, target, instructions or features of them) of these rows of the step, on the CPU."""
+        numbers = (divmod(step * self.batch_size + row, len(self.data)) for row in range(rows.start, rows.stop))
+        chosen = [self.row[epoch % self.views, self.order(epoch)[position]] for epoch, position in numbers]
+        latents = torch.from_numpy(self.latents[chosen]).float()
+        which = self.index[chosen]
+        texts = torch.from_numpy(self.contexts[which]).float() if self.encode_text else [self.texts[i] for i in which]
+        return latents[:, 0], latents[:, 1:], texts
+
+
+def hash_weights(module: torch.nn.Module) -> str:
+    """Of names and numbers, whatever the device."""
+    found = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+@contextmanager
+def locked(path):
+    """One process at a time: a run that needs what another is encoding waits for it."""
+    import fcntl                                     # Unix only
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

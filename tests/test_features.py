@@ -1,0 +1,150 @@
+"""The cache of a data set's latents and features: what it holds, when it is made anew, and that no end of a run harms it."""
+import json
+import os
+
+import pytest
+import torch
+from PIL import Image
+
+import ip2p.features
+from ip2p.data import PairedDataset
+from ip2p.features import CachedPairs, LivePairs
+
+SIZE, WEIGHTS = 16, torch.nn.Linear(3, 2)
+
+
+def write_pairs(path, count=21, broken=()):
+    """A data set as the published program writes it, whose pictures and instructions are all different."""
+    for i in range(count):
+        folder = path / f"{i:07d}"
+        folder.mkdir(parents=True)
+        (folder / "prompt.json").write_text(json.dumps(dict(caption="a", edit=f"edit {i % 4}", output="b")))
+        for side in (0, 1):
+            picture = Image.linear_gradient("L").resize((SIZE, SIZE)).rotate(90 * side)
+            picture = Image.merge("RGB", (picture, picture, Image.new("L", picture.size, 5 * i + side)))
+            picture.save(folder / f"1_{side}.png")
+            (folder / f"1_{side}.png").rename(folder / f"1_{side}.jpg")
+    (path / "seeds.json").write_text(json.dumps([[f"{i:07d}", ["1"]] for i in range(count)]))
+    for i in broken:
+        (path / f"{i:07d}" / "1_1.jpg").write_bytes(b"no picture")
+    return path
+
+
+def encode(before, after):
+    """Stands for an autoencoder: means of 4 x 4 pixels. Half precision holds them exactly to 11 bits."""
+    encode.seen += len(before)
+    a, b = (torch.nn.functional.avg_pool2d(x, 4).half().float() for x in (before, after))
+    return a, torch.stack([b, -b], 1)
+
+
+def encode_text(texts):
+    return torch.tensor([[[len(t), sum(t.encode())]] for t in texts]).half().float()
+
+
+def open_data(path, **settings):
+    return PairedDataset(path, "all", **dict(min_resize_res=SIZE, max_resize_res=SIZE, crop_res=SIZE, seed=3) | settings)
+
+
+def open_cache(path, folder, views=2, batch_size=4, told=None, **settings):
+    encode.seen = 0
+    return CachedPairs(open_data(path, **settings), folder, views, encode, encode_text, batch_size=batch_size,
+                       weights=[WEIGHTS], told=told or {})
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    return write_pairs(tmp_path / "set")
+
+
+@pytest.mark.parametrize("broken", [(), (4, 5, 20)])
+def test_cached_pairs_are_the_live_ones(tmp_path, broken):
+    """Of the first epochs, of which there are as many as views, bit for bit: also where pictures cannot be read, and the
+    next ones take their place."""
+    path = write_pairs(tmp_path / "set", broken=broken)
+    cached = open_cache(path, tmp_path / "cache")
+    rows = [slice(0, 1), slice(1, 4)]
+    live = LivePairs(open_data(path), encode, steps=10, batch_size=4, parts=rows)
+    for step in range(10):                                       # 40 of 2 x 21 examples
+        for part in rows:
+            a, b = cached.batch(step, part), live.batch(step, part)
+            assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+            assert torch.equal(a[2], encode_text(b[2]))
+    assert len(cached.skipped) == len(broken) and live.skipped == cached.skipped
+    assert all("1_1.jpg: not a picture" in complaint for complaint in live.skipped)
+
+
+def test_live_pairs_do_not_depend_on_where_they_begin_or_on_workers(pairs):
+    def make(workers=0):
+        return LivePairs(open_data(pairs), encode, steps=9, batch_size=4, parts=[slice(0, 2), slice(2, 4)], workers=workers)
+
+    encode.seen, whole, later = 0, make(), make(workers=1)
+    for step in range(9):
+        for rows in (slice(0, 2), slice(2, 4)):
+            batch = whole.batch(step, rows)
+            if step >= 6:
+                again = later.batch(step, rows)
+                assert torch.equal(batch[0], again[0]) and batch[2] == again[2]
+
+
+def test_a_second_run_encodes_nothing(pairs, tmp_path):
+    open_cache(pairs, tmp_path / "cache")
+    assert encode.seen == 43                                     # 2 views of 21 pairs, and a blank one to learn the shape
+    again = open_cache(pairs, tmp_path / "cache")
+    assert encode.seen == 1 and len(list((tmp_path / "cache").iterdir())) == 1
+    assert again.batch(0, slice(0, 4))[0].shape == (4, 3, 4, 4)
+
+
+def test_whatever_the_numbers_depend_on_makes_another_cache(pairs, tmp_path):
+    folders = [open_cache(pairs, tmp_path / "cache").folder]
+    for change in (dict(views=3), dict(seed=4), dict(flip_prob=0.0), dict(told=dict(dtype="fp32"))):
+        folders.append(open_cache(pairs, tmp_path / "cache", **change).folder)
+    with torch.no_grad():
+        WEIGHTS.weight[0, 0] += 1
+    folders.append(open_cache(pairs, tmp_path / "cache").folder)
+    Image.new("RGB", (SIZE, SIZE), "red").save(pairs / "0000003" / "1_0.jpg")
+    folders.append(open_cache(pairs, tmp_path / "cache").folder)
+    (pairs / "0000003" / "prompt.json").write_text(json.dumps(dict(caption="a", edit="another edit", output="b")))
+    folders.append(open_cache(pairs, tmp_path / "cache").folder)
+    assert len(set(folders)) == len(folders)
+
+
+@pytest.mark.parametrize("writes", range(1, 10, 2))
+def test_a_cache_goes_on_after_any_end(pairs, tmp_path, monkeypatch, writes):
+    """Encoding ends after so many writes to its files, with half of the last one there; then it is repeated."""
+    whole = open_cache(pairs, tmp_path / "whole").folder
+    opened, left = open, [writes]
+
+    def failing_open(path, mode="r"):
+        file = opened(path, mode)
+        if mode != "ab":
+            return file
+        write = file.write
+
+        class Torn:
+            flush, close = file.flush, file.close
+
+            def write(self, data):
+                left[0] -= 1
+                if left[0] < 0:
+                    write(data[:len(data) // 2])
+                    raise KeyboardInterrupt
+                write(data)
+
+        return Torn()
+
+    monkeypatch.setattr(ip2p.features, "open", failing_open, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        open_cache(pairs, tmp_path / "cache")
+    monkeypatch.undo()
+    again = open_cache(pairs, tmp_path / "cache").folder
+    assert encode.seen - 1 == (42 if writes < 4 else 26 if writes < 8 else 10)           # whole chunks, of 16, are left
+    for name in ("latents.f16", "contexts.f16", "texts.jsonl", "index.i32"):
+        assert (again / name).read_bytes() == (whole / name).read_bytes() and os.path.getsize(again / name)
+
+
+def test_a_data_set_that_cannot_be_read_at_all(tmp_path):
+    path = write_pairs(tmp_path / "set", 3, broken=range(3))
+    with pytest.raises(ValueError, match="no pair can be read; the first: .*1_1.jpg: not a picture"):
+        open_cache(path, tmp_path / "cache")
+    with pytest.raises(ValueError, match="no pair can be read; the first: .*1_1.jpg: not a picture"):
+        LivePairs(open_data(path), encode, steps=1, batch_size=2, parts=[slice(0, 2)]).batch(0, slice(0, 2))
