@@ -46,13 +46,13 @@ WEIGHTS = Path(__file__).parent / "weights"
 # ---- defaults of the stages, and of the editor's presets
 
 ALWAYS = dict(accumulate=1, lr=1e-3, optimizer="muon", warmup=100, cooldown=0.3, clip_norm=1.0, dtype="bf16", offload=False,
-              checkpointing=False, save_minutes=3.0)
+              checkpointing=False, save_minutes=3.0, cfg_text=3.0)
 
 STAGES = {              # what made the shipped weights, on two CPU cores, but for the base: README; a GPU has time for more
     "vae": ALWAYS | dict(steps=3400, batch_size=16, ema_decay=0.999),
     "clip": ALWAYS | dict(steps=260, batch_size=128, ema_decay=0.99),
     "base": ALWAYS | dict(steps=2300, batch_size=96, ema_decay=0.998, reuse=4, timesteps="logit-normal"),
-    "scorer": ALWAYS | dict(steps=2200, batch_size=64, ema_decay=0.99),
+    "scorer": ALWAYS | dict(steps=3000, batch_size=64, ema_decay=0.998, reuse=3),
     "edits": ALWAYS | dict(steps=3500, batch_size=32, ema_decay=0.995, pretrain_steps=300),
 }
 
@@ -67,7 +67,7 @@ STAGES = {              # what made the shipped weights, on two CPU cores, but f
 # and on the CPU 3.44 + 6.88 + 3.44, gradients on their way 3.44, 0.8. CUDA itself takes about half a GB more.
 PAPER = ALWAYS | dict(steps=10000, batch_size=1024, accumulate=4, lr=1e-4, optimizer="adamw", warmup=0, cooldown=0.0,
                       ema_decay=0.9996, clip_norm=0.0, dtype="fp32", timesteps="uniform", target="sample", train_text=False,
-                      views=0, size=256, checkpointing=True, save_minutes=30.0)
+                      views=0, size=256, checkpointing=True, save_minutes=30.0, cfg_text=7.5)
 CARD = PAPER | dict(batch_size=128, accumulate=16, lr=5e-5, warmup=500, ema_decay=0.999, clip_norm=1.0, dtype="bf16",
                     views=2)
 PRESETS = {
@@ -470,8 +470,7 @@ def parse(argv=None):
     flag("--timesteps", choices=("uniform", "logit-normal"), help=f"base, edit: how they are drawn {own}")
     flag("--score-examples", type=int, default=512, help="held-out examples that the result is scored on; edit: pictures "
          "are drawn in full for a sixth of as many (default: %(default)s)")
-    flag("--cfg-text", type=float, default=3.0, help="text guidance of sheets and scores, kept as the model's own default "
-         "(default: %(default)s)")
+    flag("--cfg-text", type=float, help=f"text guidance of sheets and scores, kept as the model's own default {own}")
     flag("--cfg-image", type=float, default=1.5, help="likewise for image guidance (default: %(default)s)")
     flag("--sheet-minutes", type=float, default=10.0, help="minutes between sample sheets (default: %(default)s)")
     flag("--save-minutes", type=float, help=f"minutes between checkpoints {own}")
@@ -508,8 +507,8 @@ def parse(argv=None):
     small = parser.add_argument_group("the miniature")
     flag = small.add_argument
     flag("--subset", choices=("core", "all"), default="core", help="nouns and places of the world (default: %(default)s)")
-    flag("--block", type=int, default=4096, help="base, edit: scenes drawn and encoded at a time (default: %(default)s)")
-    flag("--reuse", type=int, help=f"base, edit: times that each is learned from {own}")
+    flag("--block", type=int, default=4096, help="base, scorer, edit: scenes drawn at a time (default: %(default)s)")
+    flag("--reuse", type=int, help=f"base, scorer, edit: times that each is learned from {own}")
     flag("--crop", type=int, default=64, help="vae: side of the crops (default: %(default)s)")
     flag("--num-captions", type=int, default=1000, help="all: captions to draw pairs of (default: %(default)s)")
     flag("--triples", type=Path, nargs="+", default=TRIPLES, help="edits: jsonl files of {input or caption, edit, output} "

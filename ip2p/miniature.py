@@ -15,7 +15,7 @@ from .clip_filter import build_clip, load_clip, normalize_pixels, save_clip
 from .evaluate import psnr
 from .images import contact_sheet, save_image, to_images
 from .pipeline import InstructPix2Pix
-from .scorer import build_scorer, read_scene, save_scorer, score_scorer, scorer_loss
+from .scorer import build_scorer, read_scene, save_scorer, score_scorer, scorer_loss, soften
 from .stages import Pool, diffusion_loss, draw_timesteps, encode, history, run
 from .tensorfiles import read_state_dict
 from .text import TextConfig, TextEncoder, Tokenizer
@@ -174,13 +174,22 @@ def train_base(args, world):
 # ---- the scorer, which reads pictures for `python -m ip2p.evaluate`
 
 def train_scorer(args, world):
+    """From edits' scenes, before and after, softened as an autoencoder's pictures are."""
     scorer = build_scorer(world).to(args.device, memory_format=args.layout)
 
+    def draw(start, count):
+        edits = [world.edit(args.seed + 6, i // 2) for i in range(start, start + count)]
+        scenes = [e.target if i % 2 else e.source for i, e in enumerate(edits, start)]
+        pixels = ((world.render(scenes) + 1) * 127.5).round().byte()                # a quarter of the memory
+        return pixels, [read_scene(world, scene) for scene in scenes]
+
+    pool = Pool(draw, args)
+
     def loss_fn(step, rows):
-        scenes = [world.scene(args.seed + 6, i) for i in range(step * args.batch_size, (step + 1) * args.batch_size)]
-        pixels = world.render(scenes).contiguous(memory_format=args.layout)
+        pixels, readings = pool.batch(step)
+        pixels = soften(pixels.float() / 127.5 - 1, seeded(args.seed, step)).contiguous(memory_format=args.layout)
         with args.autocast():
-            return scorer_loss(scorer, pixels, [read_scene(world, scene) for scene in scenes]), {}
+            return scorer_loss(scorer, pixels, readings), {}
 
     record = run(args, scorer, loss_fn)
     record["scores"] = score_scorer(scorer, world, args.score_examples)

@@ -1,0 +1,74 @@
+"""`python train.py` with nothing said, and `--stage all`: what they make by themselves, and what they leave alone."""
+import json
+import shutil
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import pytest
+
+from ip2p.clip_filter import Thresholds
+from ip2p.tensorfiles import read_state_dict
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import make_data  # noqa: E402
+import train  # noqa: E402
+
+LITTLE = "--steps 2 --batch-size 2 --block 4 --reuse 1 --score-examples 1 --device cpu".split()
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """make_data.py draws three prompts with two samples of two steps, all of which pass. Gives the flags of its calls."""
+    calls, make_pairs = [], train.make_pairs
+
+    def make_few(args, *flags):
+        calls.append(list(map(str, flags)))
+        make_pairs(args, *flags, "--num-captions", 3, "--n-samples", 2)
+
+    monkeypatch.setattr(train, "make_pairs", make_few)
+    monkeypatch.setitem(make_data.MINIATURE, "steps", 2)
+    monkeypatch.setattr(Thresholds, "of", lambda clip: Thresholds(-1, -1, -1))
+    return calls
+
+
+def run(*flags):
+    with redirect_stdout(StringIO()) as said, redirect_stderr(StringIO()) as complaint:
+        code = train.run_command([*map(str, flags), *LITTLE])
+    assert code == 0, complaint.getvalue()
+    return said.getvalue()
+
+
+def test_with_nothing_said_it_draws_a_small_data_set_and_learns_from_it(drawn, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = run()
+    assert "no data set in data/: drawing a small one" in said and "preset=miniature" in said
+    assert drawn == [["--out", "data", "--num-captions", "24", "--n-samples", "4"]]
+    assert len(json.loads(Path("data/seeds.json").read_text())) == 3
+    _, record = read_state_dict("runs/mini-ip2p.safetensors")
+    assert record["data"] == "data" and record["steps"] == 2 and set(record["psnr"]) == {"edit", "unedited", "autoencoder"}
+    assert Path("runs/edit/sheet-final.png").exists() and len(list(Path("runs/cache").iterdir())) == 1
+    said = run("--out", "again")
+    assert len(drawn) == 1 and "drawing" not in said and len(list(Path("runs/cache").iterdir())) == 1
+
+
+def test_all_stages_leave_alone_what_is_finished_and_end_in_a_table(drawn, tmp_path):
+    for name in ("mini-clip", "mini-sd", "mini-gpt"):
+        shutil.copy(ROOT / "weights" / f"{name}.safetensors", tmp_path)
+    said = run("--stage", "all", "--out", tmp_path, "--cache", tmp_path / "cache", "--num-captions", 5)
+    trained = [line.split()[0] for line in said.splitlines() if line.startswith("stage=")]
+    assert trained == ["stage=vae", "stage=scorer", "stage=edit"]
+    data, = drawn                                                    # this CLIP has thresholds: no --calibrate
+    assert dict(zip(data[::2], data[1::2])) == {"--out": f"{tmp_path}/data", "--num-captions": "5",
+                                                **{f"--{k}": f"{tmp_path}/mini-{v}.safetensors" for k, v in
+                                                   (("clip", "clip"), ("model", "sd"), ("gpt", "gpt"))}}
+    _, record = read_state_dict(tmp_path / "mini-ip2p.safetensors")
+    assert record["data"] == "data" and record["base"]["stage"] == "base"
+    assert record["shared"] == {"vae": "mini-sd.safetensors"}
+    table = [line.split("|")[1].strip() for line in said.splitlines() if line.startswith("|")]
+    assert table == ["stage", "---", "vae", "clip", "base", "scorer", "edits", "edit"]
+    again = run("--stage", "all", "--out", tmp_path)
+    assert len(drawn) == 1 and not any(line.startswith("stage=") for line in again.splitlines())
+    assert again.splitlines() == said.splitlines()[-8:]
