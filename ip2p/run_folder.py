@@ -59,14 +59,14 @@ def forget_after(folder: Path, step: int):
 
 
 def draw_loss(folder: Path, width: int = 640, height: int = 320, margin: int = 40):
-    """loss.png: every logged loss, and over them their running mean."""
+    """loss.png: every logged loss, and over them the mean of the 21 around each."""
     path = folder / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     if len(rows) < 2:
         return
-    steps, losses, means = [row["step"] for row in rows], [row["loss"] for row in rows], []
-    for i, loss in enumerate(losses):                                # over the last 20, fewer at the beginning
-        means.append(sum(losses[max(0, i - 19):i + 1]) / min(20, i + 1))
+    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+    around = [losses[max(0, i - 10):i + 11] for i in range(len(losses))]
+    means = [sum(some) / len(some) for some in around]
     low, high = min(losses), sorted(losses)[int(0.98 * (len(losses) - 1))]         # the very first may be far above
     high = high if high > low else low + 1e-6
 

@@ -85,7 +85,9 @@ def fit(module: nn.Module, loss_fn: Callable, folder: Path, *, steps: int, batch
     master = copy.deepcopy(module).cpu() if offload else module
     weights, master_weights = ([p for p in m.parameters() if p.requires_grad] for m in (module, master))
     ema, optimizers, config = EMA(master, ema_decay), make_optimizers(master, optimizer, lr), config or {}
-    step, seconds, saved = 0, 0.0, read_newest(folder)
+    step, seconds, saved = 0, 0.0, read_newest(folder) if leads else None
+    distributed.wait_for_all()                                         # the first renames what is damaged
+    saved = saved if leads else read_newest(folder)
     if saved:
         if saved["config"] != config:
             changed = {k for k in saved["config"] | config if saved["config"].get(k) != config.get(k)}

@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ip2p import InstructPix2Pix
 from ip2p.checkpoint import Parts, load_checkpoint, save_checkpoint
 from ip2p.run_folder import list_checkpoints
 from ip2p.text import TextConfig, TextEncoder, import_open_clip
-from ip2p.unet import UNet, UNetConfig
+from ip2p.unet import Stage, UNet, UNetConfig
 from ip2p.vae import AutoencoderKL, VAEConfig
 
 ROOT = Path(__file__).parent.parent
@@ -297,6 +298,49 @@ def test_memory_of_the_presets_is_what_the_parameters_make_it():
     assert float(told["24gb"]) == pytest.approx((20 * count + copies) / GB + 0.8 + rows["24gb"] * 0.09, abs=0.1)
     assert float(told["12gb"]) == pytest.approx((8 * count + copies) / GB + rows["12gb"] * 0.09, abs=0.1)
     assert float(told["24gb"]) < 24 and float(told["12gb"]) < 12
+
+
+@pytest.mark.parametrize("bf16, inputs, largest, everything", [(True, 0.011, 0.040, 0.31), (False, 0.022, 0.057, 0.47)])
+def test_activations_of_the_presets_are_as_stated(monkeypatch, bf16, inputs, largest, everything):
+    """GB of an example, counted over the tensors that autograd would keep of a full-size forward pass, without memory for
+    any of them. As on a GPU: norms in float32, attention by the fused kernel."""
+    def fused(q, k, v, heads):
+        q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    def in_float32(forward):
+        def wrapped(self, x):
+            with torch.autocast("cpu", enabled=False):
+                return forward(self, x.float())
+        return wrapped
+
+    run, taken = Stage.run, []
+
+    def counted(self, x, *others):
+        kept = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.untyped_storage(): None}) or t, lambda t: t):
+            y = run(self, x, *others)
+        taken.append((x.untyped_storage(), list(kept)))
+        return y
+
+    monkeypatch.setattr("ip2p.attention.attend", fused)
+    monkeypatch.setattr(Stage, "run", counted)
+    for norm in (torch.nn.GroupNorm, torch.nn.LayerNorm):
+        monkeypatch.setattr(norm, "forward", in_float32(norm.forward))
+    sums = []
+    for batch in (1, 2):                                             # what grows with the batch is no weight
+        taken.clear()
+        with FakeTensorMode():
+            unet = UNet(UNetConfig(in_channels=8))
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                unet(torch.empty(batch, 8, 32, 32), torch.zeros(batch), torch.empty(batch, 77, 768))
+        whole = {storage._cdata: storage.nbytes() for _, kept in taken for storage in kept}
+        blocks = [sum({s._cdata: s.nbytes() for s in kept}.values()) for _, kept in taken]
+        sums.append((sum(x.nbytes() for x, _ in taken), blocks, sum(whole.values())))
+    (x1, blocks1, whole1), (x2, blocks2, whole2) = sums
+    assert (x2 - x1) / 1e9 == pytest.approx(inputs, abs=5e-4)
+    assert max(b - a for a, b in zip(blocks1, blocks2)) / 1e9 == pytest.approx(largest, abs=5e-4)
+    assert (whole2 - whole1) / 1e9 == pytest.approx(everything, abs=5e-3)
 
 
 def test_the_papers_average_is_taken_four_times_a_step():

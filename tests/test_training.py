@@ -211,7 +211,7 @@ def trained(tmp_path_factory):
 def command(*flags):
     """Runs train.py on little. Returns its status, and the record that it printed last or what it complained of."""
     with redirect_stdout(StringIO()) as said, redirect_stderr(StringIO()) as complaint:
-        code = train.run_command([*map(str, flags), *"--block 4 --reuse 1 --device cpu --score-examples 2".split()])
+        code = train.run_command([*map(str, flags), *"--block 4 --reuse 1 --device cpu --score-examples 1".split()])
     return code, complaint.getvalue() if code else json.loads(said.getvalue().strip().splitlines()[-1])
 
 
