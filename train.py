@@ -69,13 +69,13 @@ PAPER = ALWAYS | dict(steps=10000, batch_size=1024, accumulate=4, lr=1e-4, optim
                       ema_decay=0.9996, clip_norm=0.0, dtype="fp32", timesteps="uniform", target="sample", train_text=False,
                       views=0, size=256, checkpointing=True, save_minutes=30.0, cfg_text=7.5)
 CARD = PAPER | dict(batch_size=128, accumulate=16, lr=5e-5, warmup=500, ema_decay=0.999, clip_norm=1.0, dtype="bf16",
-                    views=2)
+                    views=4)                                          # a prompt has up to four pairs
 PRESETS = {
     "paper": PAPER,     # it averages after each of a step's 4 parts, by 0.9999: by 0.9996 a step
     "24gb": CARD,
     "12gb": CARD | dict(offload=True),
     "miniature": ALWAYS | dict(steps=1800, batch_size=48, ema_decay=0.998, reuse=5, timesteps="uniform", target="mode",
-                               train_text=True, views=2),
+                               train_text=True, views=8),
 }
 ABOUT_PRESETS = """\
   paper      the published settings, 1024 examples a step, for 8 GPUs: 28.9 GB on each
