@@ -361,7 +361,10 @@ def make_small_data(args):
 
 def make_pairs(args, *flags):
     import make_data
-    if make_data.run([*map(str, flags), "--device", args.device, "--shard", "0/1"]):
+    status = make_data.run([*map(str, flags), "--device", args.device, "--shard", "0/1"])
+    if status == 130:
+        raise KeyboardInterrupt
+    if status:
         raise ValueError("make_data.py could not draw the pairs, see above")
 
 
@@ -445,7 +448,10 @@ def run_command(argv=None):
         return 0
     except (ValueError, OSError) as error:
         print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    except torch.cuda.OutOfMemoryError:
+        print("train.py: out of memory; try more parts (--accumulate), --checkpointing, --offload or a smaller --preset",
+              file=sys.stderr)
+    return 2
 
 
 def parse(argv=None):

@@ -36,13 +36,14 @@ class _Decoded(Dataset):
 
 
 def _load(decode, batches, workers):
-    """Lists of decode(n), in the order of batches of numbers. Signals are the main process's business."""
+    """Lists of decode(n), in the order of batches of numbers. Workers are forked, as `decode` may be any function, and leave
+    signals to the main process."""
     def leave_alone(_):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     return iter(DataLoader(_Decoded(decode), batch_sampler=batches, num_workers=workers, collate_fn=list,
-                           worker_init_fn=leave_alone))
+                           worker_init_fn=leave_alone, multiprocessing_context="fork" if workers else None))
 
 
 class Skipped(set):
