@@ -44,7 +44,7 @@ def evaluate_pairs(args):
 
     # The true pairs, and the noise that leads back to their sources.
     examples = [world.edit(args.seed, i, "combinations", FIXED[i % len(FIXED)]) for i in range(args.count)]
-    before, after = (world.render([getattr(e, which) for e in examples]) for which in ("source", "target"))
+    before, after = (world.render([getattr(e, which) for e in examples]).cpu() for which in ("source", "target"))
     captions, edited = [e.caption for e in examples], [e.edited_caption for e in examples]
     same = unchanged(before, after)
     batches = [range(i, min(i + args.batch_size, args.count)) for i in range(0, args.count, args.batch_size)]

@@ -181,8 +181,8 @@ def evaluate_edits(args):
 @torch.no_grad()
 def through(vae, pixels):
     """Pictures (B, 3, H, W) in [-1, 1] as an autoencoder gives them back."""
-    pixels = pixels.to(next(vae.parameters()).dtype)
-    return torch.cat([vae.decode(vae.encode(x).mode()).float().clamp(-1, 1) for x in pixels.split(16)])
+    weight = next(vae.parameters())
+    return torch.cat([vae.decode(vae.encode(x.to(weight)).mode()).to(pixels).clamp(-1, 1) for x in pixels.split(16)])
 
 
 def noise(model, seeds):
