@@ -8,6 +8,7 @@ import re
 import resource
 import subprocess
 import sys
+import threading
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
@@ -18,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
+from tqdm import tqdm
 
 from ip2p import InstructPix2Pix
 from ip2p.checkpoint import Parts, load_checkpoint, save_checkpoint
@@ -219,6 +221,7 @@ def in_child(argv, limit=None):
     """The command in a process of its own, forked to spare it the imports; limit: the largest file it may write."""
     def child():
         torch.set_num_threads(1)
+        tqdm.set_lock(threading.RLock())                          # its own is shared, and stays locked by what is killed
         if limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         with open(argv[argv.index("--out") + 1] + ".log", "a") as log, redirect_stdout(log), redirect_stderr(log):
