@@ -32,7 +32,7 @@ from ip2p.guidance import dropout_masks
 from ip2p.images import contact_sheet, save_image, to_images, to_pixels
 from ip2p.learn_edits import TRIPLES, train_edits
 from ip2p.miniature import reconstruct, train_base, train_clip, train_scorer, train_vae
-from ip2p.stages import Pool, diffusion_loss, draw_timesteps, encode, history, run, to_device
+from ip2p.stages import Pool, diffusion_loss, draw_timesteps, encode, history, is_cooling, run, to_device
 from ip2p.tensorfiles import read_state_dict
 from ip2p.text import Tokenizer
 from ip2p.training import seeded
@@ -74,7 +74,7 @@ PRESETS = {
     "paper": PAPER,     # it averages after each of a step's 4 parts, by 0.9999: by 0.9996 a step
     "24gb": CARD,
     "12gb": CARD | dict(offload=True),
-    "miniature": ALWAYS | dict(steps=1800, batch_size=48, ema_decay=0.998, reuse=5, timesteps="uniform", target="mode",
+    "miniature": ALWAYS | dict(steps=1500, batch_size=96, ema_decay=0.998, reuse=5, timesteps="logit-normal", target="mode",
                                train_text=True, views=8),
 }
 ABOUT_PRESETS = """\
@@ -136,7 +136,7 @@ def train_edit(args, base):
         count, rows = (len(target), slice(None)) if batch else (args.batch_size, rows)
         rng = seeded(args.seed, step)
         drop_text, drop_image = dropout_masks(count, dropout, rng)
-        t, shape = draw_timesteps(timesteps, count, rng), (count, *target.shape[2:])
+        t, shape = draw_timesteps(timesteps, count, rng, is_cooling(step, args)), (count, *target.shape[2:])
         noise = torch.randn(shape, generator=rng)
         spread = torch.randn(shape, generator=rng) if args.target == "sample" else torch.zeros(count, 1, 1, 1)
         drawn = t, noise, spread, drop_image & args.image_dropout
@@ -473,7 +473,7 @@ def parse(argv=None):
     flag("--clip-norm", type=float, help=f"the gradient's norm at most, 0 for any {own}")
     flag("--ema-decay", type=float, help=f"of the averaged weights, a step {own}")
     flag("--dtype", choices=("bf16", "fp32"), help=f"of the arithmetic; weights stay float32 {own}")
-    flag("--timesteps", choices=("uniform", "logit-normal"), help=f"base, edit: how they are drawn {own}")
+    flag("--timesteps", choices=("uniform", "logit-normal"), help=f"base, edit: how they are drawn; logit-normal: until the cool-down {own}")
     flag("--score-examples", type=int, default=512, help="held-out examples that the result is scored on; edit: pictures "
          "are drawn in full for a sixth of as many (default: %(default)s)")
     flag("--cfg-text", type=float, help=f"text guidance of sheets and scores, kept as the model's own default {own}")

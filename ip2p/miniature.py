@@ -16,7 +16,7 @@ from .evaluate import psnr
 from .images import contact_sheet, save_image, to_images
 from .pipeline import InstructPix2Pix
 from .scorer import build_scorer, read_scene, save_scorer, score_scorer, scorer_loss, soften
-from .stages import Pool, diffusion_loss, draw_timesteps, encode, history, run
+from .stages import Pool, diffusion_loss, draw_timesteps, encode, history, is_cooling, run
 from .tensorfiles import read_state_dict
 from .text import TextConfig, TextEncoder, Tokenizer
 from .training import seeded
@@ -147,7 +147,8 @@ def train_base(args, world):
         rng = seeded(args.seed, step)
         x0, captions = batch or pool.batch(step)
         drop = torch.rand(len(x0), generator=rng) < dropout
-        t, noise = draw_timesteps(timesteps, len(x0), rng), torch.randn(x0.shape, generator=rng)
+        t = draw_timesteps(timesteps, len(x0), rng, is_cooling(step, args))
+        noise = torch.randn(x0.shape, generator=rng)
         ids = tokenizer(["" if d else c for c, d in zip(captions, drop)]).to(args.device)
         with args.autocast():
             loss = diffusion_loss(unet, x0, text(ids), t.to(args.device), noise.to(args.device), "v")
