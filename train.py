@@ -26,16 +26,16 @@ from torch import nn
 from ip2p import InstructPix2Pix, distributed
 from ip2p.checkpoint import load_checkpoint, save_checkpoint
 from ip2p.data import PairedDataset, find_pairs
-from ip2p.evaluate import FIXED, psnr
 from ip2p.features import CachedPairs, LivePairs
 from ip2p.guidance import dropout_masks
 from ip2p.images import contact_sheet, save_image, to_images, to_pixels
 from ip2p.learn_edits import TRIPLES, train_edits
-from ip2p.miniature import reconstruct, train_base, train_clip, train_scorer, train_vae
+from ip2p.miniature import train_base, train_clip, train_scorer, train_vae
 from ip2p.stages import Pool, diffusion_loss, draw_timesteps, encode, history, is_cooling, run, to_device
 from ip2p.tensorfiles import read_state_dict
 from ip2p.text import Tokenizer
 from ip2p.training import seeded
+from ip2p.truth import FIXED, psnr, through
 from ip2p.unet import Stage
 from ip2p.world import KINDS, World
 from sample import Parser
@@ -48,7 +48,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 ALWAYS = dict(accumulate=1, lr=1e-3, optimizer="muon", warmup=100, cooldown=0.3, clip_norm=1.0, dtype="bf16", offload=False,
               checkpointing=False, save_minutes=3.0, cfg_text=3.0)
 
-STAGES = {              # what made the shipped weights, on two CPU cores, but for the base: README; a GPU has time for more
+STAGES = {              # what made the shipped weights, but for base and scorer (README); a GPU has time for more
     "vae": ALWAYS | dict(steps=3400, batch_size=16, ema_decay=0.999),
     "clip": ALWAYS | dict(steps=260, batch_size=128, ema_decay=0.99),
     "base": ALWAYS | dict(steps=2300, batch_size=96, ema_decay=0.998, reuse=4, timesteps="logit-normal"),
@@ -81,7 +81,7 @@ ABOUT_PRESETS = """\
   paper      the published settings, 1024 examples a step, for 8 GPUs: 28.9 GB on each
   24gb       128 examples a step, latents and text features cached, bf16 arithmetic: 20.4 GB
   12gb       the same, with AdamW's state and the averaged weights in the CPU's memory: 9.3 GB, and 18.0 GB there
-  miniature  what made weights/mini-ip2p.safetensors; the text encoder learns too: runs on a CPU, in 3 GB"""
+  miniature  the first of the runs that made weights/mini-ip2p.safetensors; the text encoder learns too: on a CPU, in 3 GB"""
 
 
 # ---- the editor
@@ -274,7 +274,7 @@ def score_edits(editor, world, args):
         edited = editor.edit(to_images(before), [e.instruction for e in edits], cfg_text=args.cfg_text,
                              cfg_image=args.cfg_image, progress=False)
         edited = torch.stack([to_pixels(p, 128, 128) for p in edited]).to(after)
-        for name, x in (("edit", edited), ("unedited", before), ("autoencoder", reconstruct(editor.vae, after))):
+        for name, x in (("edit", edited), ("unedited", before), ("autoencoder", through(editor.vae, after))):
             scores[name].append(psnr(x, after))
     return {"psnr": {name: round(float(torch.cat(values).mean()), 2) for name, values in scores.items()}}
 

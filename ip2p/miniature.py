@@ -12,7 +12,6 @@ from torch import nn
 from .attention import SpatialTransformer
 from .checkpoint import Parts, load_checkpoint, load_vae, save_checkpoint, save_vae
 from .clip_filter import build_clip, load_clip, normalize_pixels, save_clip
-from .evaluate import psnr
 from .images import contact_sheet, save_image, to_images
 from .pipeline import InstructPix2Pix
 from .scorer import build_scorer, read_scene, save_scorer, score_scorer, scorer_loss, soften
@@ -20,6 +19,7 @@ from .stages import Pool, diffusion_loss, draw_timesteps, encode, history, is_co
 from .tensorfiles import read_state_dict
 from .text import TextConfig, TextEncoder, Tokenizer
 from .training import seeded
+from .truth import psnr, through
 from .unet import ResBlock, UNet, UNetConfig
 from .vae import AttnBlock, AutoencoderKL, ResnetBlock, VAEConfig
 
@@ -52,21 +52,16 @@ def train_vae(args, world):
     held_out, _ = world.pictures(args.seed, 0, 8, "combinations")
 
     def sheet(path):
-        cells = [(p, text) for pixels, text in ((held_out, "picture"), (reconstruct(vae, held_out), "reconstruction"))
+        cells = [(p, text) for pixels, text in ((held_out, "picture"), (through(vae, held_out), "reconstruction"))
                  for p in to_images(pixels)]
         save_image(contact_sheet(cells, lines=1), path)
 
     record = run(args, vae, loss_fn, sheet)
     normalize_latents(vae, world.pictures(args.seed, 0, 256)[0])
     held_out, _ = world.pictures(args.seed, 0, args.score_examples, "combinations")
-    record["psnr"] = round(float(psnr(reconstruct(vae, held_out), held_out).mean()), 2)
+    record["psnr"] = round(float(psnr(through(vae, held_out), held_out).mean()), 2)
     save_vae(vae, args.out / "vae.safetensors", record)
     return record
-
-
-@torch.no_grad()
-def reconstruct(vae, pixels):
-    return torch.cat([vae.decode(vae.encode(x).mode()).float().clamp(-1, 1) for x in pixels.split(32)])
 
 
 @torch.no_grad()

@@ -106,10 +106,11 @@ def test_null_text_undoes_guidance(model, picture):
     """Strong guidance leads away from the inverted latents; the fitted null contexts lead back to them."""
     latents = invert(model, encode_picture(model, picture), "a fox", 20, progress=False)
     settings = dict(steps=20, seeds=[0], x_T=latents[-1])
-    nulls = {"plain": [model.encode_text([""])] * 20, "fitted": null_text(model, latents, "a fox", cfg_text=60.0, progress=False)}
+    nulls = {"plain": [model.encode_text([""])] * 20,
+             "fitted": null_text(model, latents, "a fox", cfg_text=60.0, inner_steps=20, progress=False)}
     errors = {name: float((model.text_to_latents(["a fox"], null, 60.0, latents[0].shape, **settings) - latents[0]).norm())
               for name, null in nulls.items()}
-    assert errors["fitted"] < 0.7 * errors["plain"], errors
+    assert errors["fitted"] < 0.5 * errors["plain"], errors
 
 
 def test_control_leaves_the_source_as_it_is(model, picture):
