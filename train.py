@@ -25,19 +25,18 @@ from torch import nn
 
 from ip2p import InstructPix2Pix, distributed
 from ip2p.checkpoint import load_checkpoint, save_checkpoint
-from ip2p.data import PairedDataset, find_pairs
-from ip2p.features import CachedPairs, LivePairs
+from ip2p.data import find_pairs
+from ip2p.distill import train_distill
+from ip2p.features import CachedPairs
 from ip2p.guidance import dropout_masks
-from ip2p.images import contact_sheet, save_image, to_images, to_pixels
 from ip2p.learn_edits import TRIPLES, train_edits
+from ip2p.lessons import data_batches, encoders, open_data, open_pairs, save_sheet, score_edits
 from ip2p.miniature import train_base, train_clip, train_scorer, train_vae
-from ip2p.stages import Pool, diffusion_loss, draw_timesteps, encode, history, is_cooling, run, to_device
+from ip2p.stages import (Pool, diffusion_loss, draw_timesteps, history, is_cooling, is_miniature, recompute_stages, run,
+                         to_device)
 from ip2p.tensorfiles import read_state_dict
-from ip2p.text import Tokenizer
 from ip2p.training import seeded
-from ip2p.truth import FIXED, psnr, through
-from ip2p.unet import Stage
-from ip2p.world import KINDS, World
+from ip2p.world import World
 from sample import Parser
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -45,8 +44,8 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 # ---- defaults of the stages, and of the editor's presets
 
-ALWAYS = dict(accumulate=1, lr=1e-3, optimizer="muon", warmup=100, cooldown=0.3, clip_norm=1.0, dtype="bf16", offload=False,
-              checkpointing=False, save_minutes=3.0, cfg_text=3.0)
+ALWAYS = dict(accumulate=1, block=4096, lr=1e-3, optimizer="muon", warmup=100, cooldown=0.3, clip_norm=1.0, dtype="bf16",
+              offload=False, checkpointing=False, save_minutes=3.0, cfg_text=3.0)
 
 STAGES = {              # what made the shipped weights, but for base and scorer (README); a GPU has time for more
     "vae": ALWAYS | dict(steps=3400, batch_size=16, ema_decay=0.999),
@@ -54,6 +53,8 @@ STAGES = {              # what made the shipped weights, but for base and scorer
     "base": ALWAYS | dict(steps=2300, batch_size=96, ema_decay=0.998, reuse=4, timesteps="logit-normal"),
     "scorer": ALWAYS | dict(steps=3000, batch_size=64, ema_decay=0.998, reuse=3),
     "edits": ALWAYS | dict(steps=3500, batch_size=32, ema_decay=0.995, pretrain_steps=300),
+    "distill": ALWAYS | dict(steps=850, batch_size=96, ema_decay=0.99, warmup=20, cooldown=0.7, block=1024, reuse=20, views=8,
+                             train_text=False, freeze=["input_blocks", "middle_block", "output_blocks.0."]),
 }
 
 # Memory of Stable Diffusion 1.5's UNet, 859.5 M parameters, for pictures of 256 x 256; computed, in GB of 1e9 bytes:
@@ -70,6 +71,7 @@ PAPER = ALWAYS | dict(steps=10000, batch_size=1024, accumulate=4, lr=1e-4, optim
                       views=0, size=256, checkpointing=True, save_minutes=30.0, cfg_text=7.5)
 CARD = PAPER | dict(batch_size=128, accumulate=16, lr=5e-5, warmup=500, ema_decay=0.999, clip_norm=1.0, dtype="bf16",
                     views=4)                                          # a prompt has up to four pairs
+FAST = CARD | dict(steps=4000, batch_size=64, accumulate=8, lr=1e-5, block=512, reuse=8, freeze=[])      # to distil it
 PRESETS = {
     "paper": PAPER,     # it averages after each of a step's 4 parts, by 0.9999: by 0.9996 a step
     "24gb": CARD,
@@ -86,10 +88,6 @@ ABOUT_PRESETS = """\
 
 # ---- the editor
 
-# What is drawn anew is harder to learn than what is changed, and comes twice as often.
-LESSONS = KINDS + ("object", "place", "add")
-
-
 def train_edit(args, base):
     """The base, a text-to-image model widened by image latents, learns from pairs of pictures; conditionings are dropped at
     random."""
@@ -97,25 +95,13 @@ def train_edit(args, base):
     model = nn.ModuleDict(dict(unet=unet, text=text) if args.train_text else dict(unet=unet))
     model.to(args.device, memory_format=args.layout)
     vae.to(args.device), text.to(args.device)
-    for block in unet.modules():
-        if isinstance(block, Stage):
-            block.recompute = args.checkpointing
+    recompute_stages(unet, args.checkpointing)
     predict = torch.compile(unet) if args.compile else unet
-    tokenizer, world = Tokenizer(text.config), World(args.device, args.subset)
+    world = World(args.device, args.subset)
     z, image_scale = vae.config.z_channels, vae.config.scale_factor if args.scale_image_latents else 1.0
 
     # Pairs of latents with instructions, or with their features.
-    def encode_pairs(before, after):
-        latents = encode(vae, to_device(torch.cat([before, after]), args), args)
-        return latents[:len(before), 0], latents[len(before):]
-
-    def encode_text(texts):
-        return text(to_device(tokenizer(texts), args))
-
-    def world_pairs(start, count, split="train"):
-        before, after, edits = world.pairs(args.seed + 3, start, count, split, LESSONS if split == "train" else None)
-        return *encode_pairs(before, after), [e.instruction for e in edits]
-
+    encode_pairs, encode_text, world_pairs = encoders(args, vae, text, world)
     if args.data == "world":
         pairs, held_out = Pool(world_pairs, args), None
     else:
@@ -166,13 +152,9 @@ def train_edit(args, base):
         weight.copy_(own)
         vae.to(resting), text.to(resting)
 
-    def draw(path, count, per_kind):
-        cells = data_cells(editor, held_out, count, args) if held_out else world_cells(editor, world, per_kind, args)
-        save_image(contact_sheet(cells, columns=9 if held_out else 2 * per_kind), path)
-
     def sheet(path):
         with sampling():
-            draw(path, count=6, per_kind=3)
+            save_sheet(path, editor, world, held_out, args, count=6, per_kind=3)
 
     record = run(args, model, loss_fn, sheet)
     if distributed.rank():
@@ -190,11 +172,12 @@ def train_edit(args, base):
     record |= dict(cfg_text=args.cfg_text, cfg_image=args.cfg_image, base=history(base.metadata))
     if skipped := getattr(pairs, "skipped", None):
         record["skipped"] = len(skipped)
-        say(f"{len(skipped)} pairs were skipped, as their files cannot be read")
+        distributed.say(f"{len(skipped)} pairs were skipped, as their files cannot be read")
     start, small = args.init or args.base, is_miniature(base.metadata)
     shared = {"vae": start.name} if small and start.resolve().parent == args.out.resolve() else None     # stored once
     with sampling():
-        draw(args.out / "edit" / "sheet-final.png", count=24, per_kind=min(6, args.score_examples))
+        save_sheet(args.out / "edit" / "sheet-final.png", editor, world, held_out, args, count=24,
+                   per_kind=min(6, args.score_examples))
         if small:
             record |= score_edits(editor, world, args)
         save_checkpoint(editor.parts, args.out / ("mini-ip2p.safetensors" if small else "ip2p.safetensors"), metadata=record,
@@ -202,124 +185,54 @@ def train_edit(args, base):
     return record
 
 
-def open_data(args):
-    """The training pairs of a data set, and those held out for sheets and scores: the validation split's."""
-    largest = args.max_resize or args.size
-    settings = dict(min_resize_res=args.size, max_resize_res=largest, crop_res=args.size, seed=args.seed)
-    data, held_out = PairedDataset(args.data, **settings), PairedDataset(args.data, "val", **settings | dict(flip_prob=0))
-    if not len(data):
-        raise ValueError(f"{args.data}: a tenth of the prompts is held back, and of {len(data.pairs)} that leaves none")
-    try:
-        held_out.whole_example(0, 0)
-    except ValueError:
-        held_out = PairedDataset(args.data, **settings | dict(flip_prob=0))
-        say(f"{args.data} has no validation pairs that can be read: sheets and scores are of training pairs")
-    return data, held_out
-
-
-def open_pairs(args, data, encode_pairs, encode_text, weights):
-    """What a step learns from, cached or not."""
-    if not args.views:
-        return LivePairs(data, encode_pairs, steps=args.steps, batch_size=args.batch_size, workers=args.workers,
-                         parts=distributed.own_rows(args.batch_size, args.accumulate))
-    def open_cache():
-        with torch.no_grad():
-            return CachedPairs(data, args.cache, args.views, encode_pairs, None if args.train_text else encode_text,
-                               batch_size=args.batch_size, weights=weights[:1] if args.train_text else weights,
-                               told=dict(dtype=args.dtype), workers=args.workers)
-    pairs = open_cache() if distributed.rank() == 0 else None                # the first fills it, the others find it full
-    distributed.wait_for_all()
-    pairs = pairs or open_cache()
-    say(f"{pairs.folder}: {args.views} views of each of {len(data)} prompts, encoded once")
-    return pairs
-
-
-def data_batches(data, encode_pairs, count, size):
-    for start in range(0, count, size):
-        before, after, instructions = zip(*(data.whole_example(0, i)[0] for i in range(start, min(start + size, count))))
-        yield *encode_pairs(torch.stack(before), torch.stack(after)), list(instructions)
-
-
-def world_cells(editor, world, per_kind, args):
-    """Held-out scenes of each kind of edit: a picture with its caption, then the edit with its instruction."""
-    cells = []
-    for kind in KINDS:
-        before, _, edits = world.pairs(args.seed, 0, per_kind, "combinations", kind)
-        pictures = to_images(before)
-        edited = editor.edit(pictures, [e.instruction for e in edits], cfg_text=args.cfg_text, cfg_image=args.cfg_image,
-                             progress=False)
-        for a, b, e in zip(pictures, edited, edits):
-            cells += [(a, e.caption), (b, e.instruction)]
-    return cells
-
-
-def data_cells(editor, data, count, args):
-    """The first pairs of a data set: a picture, the edit with its instruction, and what the data set has for it."""
-    cells = []
-    for i in range(min(count, len(data))):
-        (before, after, instruction), _ = data.whole_example(0, i)
-        before, after = to_images(torch.stack([before, after]))
-        edited, = editor.edit(before, instruction, cfg_text=args.cfg_text, cfg_image=args.cfg_image, size=args.size,
-                              progress=False)
-        cells += [(before, ""), (edited, instruction), (after, "(the data set's)")]
-    return cells
-
-
-def score_edits(editor, world, args):
-    """PSNR in dB against the true edited picture, where the instruction fixes it, on held-out scenes: of the edit, of the
-    unedited picture, and of the true picture after the autoencoder, which is the most an edit can reach."""
-    scores = {"edit": [], "unedited": [], "autoencoder": []}
-    for kind in FIXED:
-        before, after, edits = world.pairs(args.seed, 100, -(-args.score_examples // 32), "combinations", kind)
-        edited = editor.edit(to_images(before), [e.instruction for e in edits], cfg_text=args.cfg_text,
-                             cfg_image=args.cfg_image, progress=False)
-        edited = torch.stack([to_pixels(p, 128, 128) for p in edited]).to(after)
-        for name, x in (("edit", edited), ("unedited", before), ("autoencoder", through(editor.vae, after))):
-            scores[name].append(psnr(x, after))
-    return {"psnr": {name: round(float(torch.cat(values).mean()), 2) for name, values in scores.items()}}
-
-
 # ---- what the command does
 
-LEARN = {"vae": train_vae, "clip": train_clip, "base": train_base, "scorer": train_scorer, "edits": train_edits}
+LEARN = {"vae": train_vae, "clip": train_clip, "base": train_base, "scorer": train_scorer, "edits": train_edits}   # from nothing
+CHANGE = {"edit": train_edit, "distill": train_distill}                                                       # from a model
 RESULTS = {"vae": "vae.safetensors", "clip": "mini-clip.safetensors", "base": "mini-sd.safetensors",
-           "scorer": "mini-scorer.safetensors", "edits": "mini-gpt.safetensors", "edit": "mini-ip2p.safetensors"}
+           "scorer": "mini-scorer.safetensors", "edits": "mini-gpt.safetensors", "edit": "mini-ip2p.safetensors",
+           "distill": "mini-ip2p-fast.safetensors"}
 
 
 def main(args):
     """One stage. Returns its record; None in processes other than the first."""
     check_device(args)
-    base = open_base(args) if args.stage == "edit" else None
+    base = open_base(args) if args.stage in CHANGE else None
     args.data = args.data if base else "world"
-    for name, value in (PRESETS[args.preset] if base else STAGES[args.stage]).items():
+    settings = PRESETS[args.preset] if args.stage == "edit" else STAGES[args.stage]
+    if args.stage == "distill" and not is_miniature(base.metadata):
+        settings = FAST
+    for name, value in settings.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     args.device = distributed.start(args.device)
     check(args)
     args.out.mkdir(parents=True, exist_ok=True)
-    say(" ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None))
+    distributed.say(" ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None))
     if base and args.data != "world":
         make_small_data(args)
     args.layout = torch.channels_last if args.device.startswith("cuda") else torch.contiguous_format      # 1.3 x on a CPU
     args.autocast = lambda: torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.dtype == "bf16")
     torch.manual_seed(args.seed)                  # initial weights
-    record = train_edit(args, base) if base else LEARN[args.stage](args, World(args.device, args.subset))
+    record = CHANGE[args.stage](args, base) if base else LEARN[args.stage](args, World(args.device, args.subset))
     if record:
         print(json.dumps(record), flush=True)
     return record
-
-
-def say(line):
-    if distributed.rank() == 0:
-        print(line, flush=True)
 
 
 def open_base(args):
     """The model that the editor starts from, widened. Sets what follows from it: the preset, the data, the size."""
     if args.init and args.base:
         raise ValueError("--base is widened into an editor, --init is an editor already: give one of the two")
+    if args.stage == "distill":
+        if args.base:
+            raise ValueError(f"--stage distill starts from an editor: give {args.base} as --init if it is one")
+        here = args.out / RESULTS["edit"]
+        args.init = args.init or (here if here.exists() else WEIGHTS / here.name)
     if args.init:
         base = load_checkpoint(args.init)
+        if base.unet.config.cond_dim:
+            raise ValueError(f"--init {args.init}: is distilled already; give the editor that it was distilled from")
         if base.unet.config.in_channels != 2 * base.vae.config.z_channels:
             raise ValueError(f"--init {args.init}: no editor, its UNet takes {base.unet.config.in_channels} channels; to "
                              f"fine-tune a text-to-image model into one, give it as --base")
@@ -336,15 +249,12 @@ def open_base(args):
     if not (args.data or small):
         raise ValueError(f"{args.init or args.base} needs --data DIR: pairs to learn from, as make_data.py draws them")
     args.data = args.data or "data"
+    if args.stage == "distill" and args.cfg_text is None:
+        args.cfg_text = base.metadata.get("cfg_text", 7.5)
     args.size = args.size or PRESETS[args.preset].get("size", base.image_size)
     if args.size % (multiple := InstructPix2Pix(base).size_multiple):
         raise ValueError(f"--size must be a multiple of {multiple}, got {args.size}")
     return base
-
-
-def is_miniature(record):
-    """Whether a model says that it was made for the toy world, or from one that was."""
-    return "ip2p.world" in json.dumps(record)
 
 
 def make_small_data(args):
@@ -376,7 +286,7 @@ def train_all(args, argv):
         record = read_state_dict(path)[1] if path.exists() else {}
         if not record.get("finished"):
             own = parse([*argv, "--stage", stage])
-            if stage == "edit" and own.data is None:
+            if stage in CHANGE and own.data is None:
                 own.data = str(draw_own_pairs(args))
             record = main(own)
             if not record["finished"]:
@@ -399,7 +309,7 @@ def draw_own_pairs(args):
 
 def check(args):
     """ValueError for settings that cannot work."""
-    least = dict(steps=1, batch_size=1 if args.stage == "edit" else 2, accumulate=1, pretrain_steps=0, block=args.batch_size,
+    least = dict(steps=1, batch_size=1 if args.stage in CHANGE else 2, accumulate=1, pretrain_steps=0, block=args.batch_size,
                  reuse=1, score_examples=1, views=0, keep=1, workers=0, num_captions=1)
     for name, least in least.items():
         value = getattr(args, name)
@@ -418,9 +328,9 @@ def check(args):
     if args.batch_size % parts:
         raise ValueError(f"--batch-size {args.batch_size} cannot be shared out between {parts} parts (--accumulate x "
                          f"processes)")
-    if parts > 1 and args.stage != "edit":
+    if parts > 1 and args.stage not in CHANGE:
         raise ValueError(f"--stage {args.stage} learns in one process and one part; --accumulate and torchrun are for the "
-                         f"editor")
+                         f"editors")
     for stage in ("vae", "clip"):
         if args.stage == "base" and not (args.out / RESULTS[stage]).exists():
             raise ValueError(f"{args.out / RESULTS[stage]} is missing: train --stage {stage} with the same --out first")
@@ -458,7 +368,7 @@ def parse(argv=None):
     parser = Parser(prog="train.py", description=__doc__.format(presets=ABOUT_PRESETS),
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     flag, switch = parser.add_argument, argparse.BooleanOptionalAction
-    stages, own = [*STAGES, "edit", "all"], "(default: the stage's or the preset's own)"
+    stages, own = [*LEARN, *CHANGE, "all"], "(default: the stage's or the preset's own)"
     flag("--stage", choices=stages, default="edit", help="what to train (default: %(default)s)")
     flag("--out", type=Path, default=Path("runs"), help="folder of the runs (default: %(default)s)")
     flag("--seed", type=int, default=0, help="default: %(default)s")
@@ -509,12 +419,14 @@ def parse(argv=None):
     flag("--checkpointing", action=switch, help=f"compute the UNet's blocks again for their gradients, to save memory {own}")
     flag("--offload", action=switch, help=f"keep the optimiser's state and the averaged weights in the CPU's memory {own}")
     flag("--compile", action="store_true", help="torch.compile the UNet")
+    flag("--freeze", nargs="*", metavar="NAME", help="distill: weights of the UNet whose names begin so stay the teacher's "
+         f"{own}")
 
     small = parser.add_argument_group("the miniature")
     flag = small.add_argument
     flag("--subset", choices=("core", "all"), default="core", help="nouns and places of the world (default: %(default)s)")
-    flag("--block", type=int, default=4096, help="base, scorer, edit: scenes drawn at a time (default: %(default)s)")
-    flag("--reuse", type=int, help=f"base, scorer, edit: times that each is learned from {own}")
+    flag("--block", type=int, help=f"base, scorer, edit: scenes drawn at a time; distill: edits {own}")
+    flag("--reuse", type=int, help=f"base, scorer, edit, distill: times that each is learned from {own}")
     flag("--crop", type=int, default=64, help="vae: side of the crops (default: %(default)s)")
     flag("--num-captions", type=int, default=1000, help="all: captions to draw pairs of (default: %(default)s)")
     flag("--triples", type=Path, nargs="+", default=TRIPLES, help="edits: jsonl files of {input or caption, edit, output} "

@@ -150,7 +150,7 @@ def _read_file(path, use_shared=True):
             raise ValueError(f"{path}: unknown EMA keys: {_some(ema)}")
         unet = averaged
     known, shared = {part: record.get(part, {}) for part in MODELS}, record.get("shared", {})
-    if not all(isinstance(fields, dict) for fields in (*known.values(), shared)) or not set(shared) <= {"vae", "text"}:
+    if not all(isinstance(fields, dict) for fields in (*known.values(), shared)) or not set(shared) <= set(MODELS):
         raise ValueError(f"{path}: its record of configurations is malformed")
     known["text"] = {**(SD2_TEXT if text else SD1_TEXT), **known["text"]}
     found = Found(path, {"unet": unet, "vae": vae, "text": text or keys.text_from_hf(hf)}, known, record,
@@ -160,7 +160,8 @@ def _read_file(path, use_shared=True):
         if not sibling.is_file():
             raise ValueError(f"{path}: its {NAMES[part]} is in {sibling.name}, which is missing beside it")
         other = _read_file(sibling, use_shared=False)
-        found.tensors[part], found.known[part] = other.tensors[part], other.known[part]
+        found.tensors[part] = other.tensors[part] | found.tensors[part]       # of a UNet, only what differs is in this file
+        found.known[part] = other.known[part] | (record.get(part, {}) if part == "unet" else {})
     return found
 
 
@@ -232,8 +233,8 @@ def save_checkpoint(parts: Parts, path, layout="ldm", metadata=None, shared=None
 
     layout: "ldm" for one file in the original's layout (.safetensors; .ckpt, .pt and .pth are pickles), "diffusers" for
     a folder. metadata: the training record to write, `parts.metadata` if None. shared: parts to leave out because a file in
-    the same folder holds them, such as {"vae": "sd.safetensors"}. dtype: of the numbers in a single file; the models' own
-    if None.
+    the same folder holds them, such as {"vae": "sd.safetensors"}; of a UNet, what differs from that file's is written.
+    dtype: of the numbers in a single file; the models' own if None.
     The old file or folder is replaced only once the new one is complete. ValueError for what cannot be written.
     """
     path = Path(path)
@@ -256,8 +257,9 @@ def save_checkpoint(parts: Parts, path, layout="ldm", metadata=None, shared=None
         raise ValueError(f"{path}: the name of a checkpoint file ends in .safetensors or .ckpt")
     if path.is_dir():
         raise ValueError(f"{path}: is a folder")
-    if not set(shared) <= {"vae", "text"} or any(Path(name).name != name for name in shared.values()):
-        raise ValueError(f"`shared` must give \"vae\" or \"text\" the plain name of a file in the same folder, got {shared!r}")
+    if not set(shared) <= set(MODELS) or any(Path(name).name != name for name in shared.values()):
+        raise ValueError(f"`shared` must give parts ({', '.join(MODELS)}) the plain name of a file in the same folder, got "
+                         f"{shared!r}")
 
     tensors = {f"model.diffusion_model.{name}": t for name, t in parts.unet.state_dict().items()}
     record["unet"] = asdict(parts.unet.config)
@@ -273,6 +275,10 @@ def save_checkpoint(parts: Parts, path, layout="ldm", metadata=None, shared=None
             prefix, text = "cond_stage_model.transformer.", keys.text_to_hf(text)
         tensors |= {prefix + name: t for name, t in text.items()}
     tensors = {name: t.to(dtype or t.dtype) for name, t in tensors.items()}
+    if "unet" in shared:
+        other = read_state_dict(path.parent / shared["unet"])[0]
+        tensors = {name: t for name, t in tensors.items() if not name.startswith("model.diffusion_model.")
+                   or name not in other or not torch.equal(t.cpu(), other[name].to(t.dtype))}
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         if path.suffix == ".safetensors":

@@ -146,7 +146,8 @@ def write_folder(parts, path: Path, record: dict):
             "up_block_types": [name.replace("Down", "Up") for name in reversed(down)],
             "attention_head_dim": u.num_heads if u.head_channels is None else [u.heads(c) for c in widths],
             "cross_attention_dim": u.context_dim, "transformer_layers_per_block": u.transformer_depth,
-            "use_linear_projection": u.linear_proj, "norm_num_groups": u.norm_groups, "norm_eps": 1e-5, "act_fn": "silu",
+            "use_linear_projection": u.linear_proj, "time_cond_proj_dim": u.cond_dim,
+            "norm_num_groups": u.norm_groups, "norm_eps": 1e-5, "act_fn": "silu",
             "flip_sin_to_cos": True, "freq_shift": 0, "center_input_sample": False, "downsample_padding": 1},
         "vae/config": {
             "_class_name": "AutoencoderKL", "sample_size": parts.image_size, "in_channels": v.in_channels,

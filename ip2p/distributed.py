@@ -63,3 +63,9 @@ def any_of(flag: bool) -> bool:
     answer = torch.tensor(float(flag))
     dist.all_reduce(answer, dist.ReduceOp.MAX)
     return bool(answer)
+
+
+def say(line: str):
+    """Print a line, in the first process alone."""
+    if rank() == 0:
+        print(line, flush=True)

@@ -128,7 +128,7 @@ def parse(argv=None):
         flag("--dtype", choices=DTYPES, default="fp32", help="of the models; bf16 is faster (default: %(default)s)")
         return flag
 
-    several = dict(type=int, nargs="+", default=[20], help="of the sampler; several give a row each (default: 20)")
+    several = dict(type=int, nargs="+", help="of the sampler; several give a row each (default: the model's own, else 20)")
 
     flag = command("edits", evaluate_edits, "is done what was asked, and nothing else?", 1000,
                    "edits, half of each held-out split, the same number of each kind")

@@ -9,14 +9,15 @@ from torch import Tensor
 
 
 def instruct_denoiser(predict: Callable, context: Tensor, null_context: Tensor, image_latents: Tensor,
-                      cfg_text: float, cfg_image: float, read_text: Callable | None = None) -> Callable:
+                      cfg_text: float | Tensor, cfg_image: float | Tensor, read_text: Callable | None = None) -> Callable:
     """denoise(x_t, t) -> eps for an editor, guided over text and image (arXiv:2211.09800, Eq. 3), in float32:
 
     eps = e(0, 0) + s_I (e(I, 0) - e(0, 0)) + s_T (e(I, T) - e(I, 0)).
 
     predict: (x, t, context) -> eps, with x of (N, 2 z, h, w) and t of (N,).
     context, null_context: (B, M, D), the instruction and what stands for its absence ("" or a negative prompt).
-    image_latents: (B, z, h, w), unscaled in InstructPix2Pix. cfg_text, cfg_image: s_T and s_I, any finite number.
+    image_latents: (B, z, h, w), unscaled in InstructPix2Pix. cfg_text, cfg_image: s_T and s_I, any finite numbers, or one
+    of each for every picture, (B,).
     read_text: turns the contexts of all branches, once, into what `predict` takes in their place.
     Each step evaluates [text + image, image, nothing] in one batch. Where a branch's weight is zero it is left out:
     s_I = 1 drops "nothing" (two evaluations), s_T = s_I drops "image" (two), and s_T = s_I = 1 leaves one.
@@ -24,7 +25,14 @@ def instruct_denoiser(predict: Callable, context: Tensor, null_context: Tensor, 
     branches = [(cfg_text, context, image_latents),                         # (weight, text, image)
                 (cfg_image - cfg_text, null_context, image_latents),
                 (1 - cfg_image, null_context, torch.zeros_like(image_latents))]
-    return _weighted_denoiser(predict, [b for b in branches if b[0] != 0], True, read_text)
+    return _weighted_denoiser(predict, branches, read_text)
+
+
+def guidance_condition(cfg_text: float | Tensor, cfg_image: float | Tensor, steps: int | Tensor) -> Tensor:
+    """What a distilled editor's UNet is told in place of being guided: both scales, times 100 so that they are as large as
+    timesteps are, and how many timesteps each of its steps covers. Numbers or (B,) each; returns (..., 3) float32."""
+    numbers = (torch.as_tensor(x, dtype=torch.float32) for x in (100 * cfg_text, 100 * cfg_image, 1000 / steps))
+    return torch.stack(torch.broadcast_tensors(*numbers), -1)
 
 
 def text_denoiser(predict: Callable, context: Tensor, null_context: Tensor, cfg_text: float | Tensor,
@@ -32,17 +40,15 @@ def text_denoiser(predict: Callable, context: Tensor, null_context: Tensor, cfg_
     """denoise(x_t, t) -> eps with classifier-free guidance for text alone (Ho & Salimans 2022, arXiv:2207.12598):
     eps = e(0) + s (e(T) - e(0)). One evaluation where s is 1 or 0, else [text, nothing] in one batch. cfg_text: s, or one
     for each picture, (B,). Shapes as in `instruct_denoiser`."""
-    if torch.is_tensor(cfg_text):
-        cfg_text = cfg_text[:, None, None, None]
-    branches = [(cfg_text, context, None), (1 - cfg_text, null_context, None)]
-    return _weighted_denoiser(predict, [b for b in branches if torch.is_tensor(cfg_text) or b[0] != 0], False, read_text)
+    return _weighted_denoiser(predict, [(cfg_text, context, None), (1 - cfg_text, null_context, None)], read_text)
 
 
-def _weighted_denoiser(predict, branches, join_image, read_text):
-    """The sum of weight x prediction over branches. The weights add up to 1, so it is the guided eps: the formulas
-    above with their terms collected. It holds for v as well, which is an affine function of eps."""
-    weights, texts, images = zip(*branches)
-    n = len(branches)
+def _weighted_denoiser(predict, branches, read_text):
+    """The sum of weight x prediction over branches whose weight is not zero. The weights add up to 1, so it is the guided eps:
+    the formulas above with their terms collected. It holds for v as well, which is an affine function of eps."""
+    weights, texts, images = zip(*(b for b in branches if torch.is_tensor(b[0]) or b[0] != 0))
+    weights = [w[:, None, None, None] if torch.is_tensor(w) else w for w in weights]
+    n, join_image = len(weights), images[0] is not None
     context = torch.cat(texts) if read_text is None else read_text(torch.cat(texts))
     image_latents = torch.cat(images) if join_image else None
 

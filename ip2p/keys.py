@@ -45,6 +45,7 @@ def _count(tensors, pattern):
 def _unet_pairs(attention_levels, num_res_blocks):
     """(our module, diffusers' module) for every module a UNet of this shape can have."""
     pairs = [("time_embed.0", "time_embedding.linear_1"), ("time_embed.2", "time_embedding.linear_2"),
+             ("cond_proj", "time_embedding.cond_proj"),
              ("input_blocks.0.0", "conv_in"), ("out.0", "conv_norm_out"), ("out.2", "conv_out"),
              ("middle_block.1", "mid_block.attentions.0")]
 
@@ -102,7 +103,8 @@ def unet_sizes(tensors: Tensors) -> dict:
                 channel_mult=tuple(mult), num_res_blocks=num_res_blocks, attention_levels=tuple(attention),
                 transformer_depth=_count(tensors, r"middle_block\.1\.transformer_blocks\.(\d+)\."),
                 context_dim=cross[1], linear_proj=linear,
-                num_heads=None if linear else 8, head_channels=64 if linear else None)
+                num_heads=None if linear else 8, head_channels=64 if linear else None,
+                cond_dim=shape["cond_proj.weight"][1] if "cond_proj.weight" in shape else None)
 
 
 # ---- VAE ----

@@ -4,6 +4,7 @@
     picture, = model.edit(Image.open("fox.png"), "make it night")
 """
 import math
+from functools import partial
 from itertools import cycle
 from typing import Sequence
 
@@ -12,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from .checkpoint import Parts, load_checkpoint, save_checkpoint
-from .guidance import instruct_denoiser, text_denoiser
+from .guidance import instruct_denoiser, text_denoiser, guidance_condition
 from .images import check_shape, model_size, to_images, to_pixels, to_rgb
 from .prompt_to_prompt import AttentionControl, ControlledRun, prompt_to_prompt, share_self_attention
 from .samplers import SAMPLERS
@@ -54,6 +55,11 @@ class InstructPix2Pix:
         return self.unet.config.in_channels == 2 * self.vae.config.z_channels
 
     @property
+    def is_distilled(self) -> bool:
+        """Whether the UNet is told the guidance scales, and needs one evaluation a step (`distill.py`)."""
+        return self.unet.config.cond_dim is not None
+
+    @property
     def size_multiple(self) -> int:
         """Pictures given to the model have sides that are multiples of this: 64 for Stable Diffusion."""
         return self.vae.config.downsampling * 2 ** (len(self.unet.config.channel_mult) - 1)
@@ -75,25 +81,27 @@ class InstructPix2Pix:
         """What the UNet makes of a context, (B, M, D), at every step alike."""
         return self.unet.read_text(context.to(self.dtype))
 
-    def predict(self, x: Tensor, t: Tensor, context: Tensor | dict, control=None) -> Tensor:
+    def predict(self, x: Tensor, t: Tensor, context: Tensor | dict, control=None, condition: Tensor | None = None) -> Tensor:
         """eps of the noisy latents in x, whatever the UNet predicts.
 
         x: (B, z or 2 z, h, w) float32, noisy latents first; t: (B,); context: (B, M, D), or what `read_text` makes of it;
-        control: see `UNet.forward`. Returns (B, z, h, w) float32.
+        control: see `UNet.forward`; condition: a distilled editor's, (3,) or (B, 3). Returns (B, z, h, w) float32.
         """
         context = context if isinstance(context, dict) else context.to(self.dtype)
-        out = self.unet(x.to(self.dtype), t, context, control).float()
+        condition = condition if condition is None else condition.to(x.device).expand(len(x), -1)
+        out = self.unet(x.to(self.dtype), t, context, control, condition).float()
         if self.parts.parameterization == "v":
             out = eps_from_v(out, x[:, :out.shape[1]], t, self.alphas_cumprod)
         return out
 
     @torch.no_grad()
-    def edit(self, images, prompts, *, steps=20, sampler="ddim", cfg_text=7.5, cfg_image=1.5, negative_prompt="", seed=0,
+    def edit(self, images, prompts, *, steps=None, sampler="ddim", cfg_text=7.5, cfg_image=1.5, negative_prompt="", seed=0,
              num_images=1, size=None, x_T=None, eta=0.0, progress=True) -> list[Image.Image]:
         """Edit pictures as told.
 
         images, prompts: one PIL picture and one instruction, or a list of either; one goes with all of the other.
-        steps: 1..1000. sampler: "ddim" or "euler-ancestral". eta: DDIM's share of fresh noise.
+        steps: 1..1000; the model's own if None, 20 of most, a few of a distilled one. sampler: "ddim" or "euler-ancestral".
+        eta: DDIM's share of fresh noise.
         cfg_text, cfg_image: guidance scales; more of the first follows the instruction, of the second keeps the picture.
         negative_prompt: what guidance leads away from, in the place of "".
         seed: of the first picture made from an input; the next have seed + 1, ...: `num_images` of each.
@@ -105,7 +113,10 @@ class InstructPix2Pix:
         if not self.is_editor:
             raise ValueError(f"this model's UNet takes {self.unet.config.in_channels} channels: it makes pictures from text "
                              f"(use generate); an editor takes {2 * self.vae.config.z_channels}")
+        steps = self.parts.metadata.get("sample_steps", 20) if steps is None else steps         # its "steps": of its training
         check_settings(steps, sampler, num_images, cfg_text=cfg_text, cfg_image=cfg_image, eta=eta)
+        if self.is_distilled and (sampler != "ddim" or eta or negative_prompt):
+            raise ValueError("a distilled editor takes DDIM's steps, without fresh noise and without a negative prompt")
         images, prompts = _pair_up(images, prompts)
         images = [to_rgb(image) for image in images]                      # upright before anything looks at their sizes
         for image in images:
@@ -122,9 +133,14 @@ class InstructPix2Pix:
             latents = self.vae.encode(pixels).mode().float().repeat_interleave(num_images, 0)
             if told:
                 texts = [prompts[i] for i in batch for _ in range(num_images)]
-                denoise = instruct_denoiser(self.predict, self.encode_text(texts), self._null(negative_prompt, len(texts)),
-                                            latents, cfg_text, cfg_image, self.read_text)
-                z = self._sample(denoise, latents.shape, steps, sampler, _seeds(seed, num_images, len(texts)), x_T, eta, progress)
+                predict, scales, options = self.predict, (cfg_text, cfg_image), {}
+                if self.is_distilled:                                     # it has learned what guidance does: one branch is left
+                    predict, scales = partial(self.predict, condition=guidance_condition(*scales, steps)), (1, 1)
+                    options = dict(spacing="trailing")
+                denoise = instruct_denoiser(predict, self.encode_text(texts), self._null(negative_prompt, len(texts)), latents,
+                                            *scales, self.read_text)
+                z = self._sample(denoise, latents.shape, steps, sampler, _seeds(seed, num_images, len(texts)), x_T, eta, progress,
+                                 **options)
                 latents = z / self.vae.config.scale_factor                # the image latents above are unscaled
             pictures = to_images(self.vae.decode(latents.to(self.dtype)))
             for j, i in enumerate(batch):
@@ -208,6 +224,8 @@ class InstructPix2Pix:
         """ValueError unless this is a text-to-image model."""
         if self.is_editor:
             raise ValueError("this model edits pictures (use edit); this needs a text-to-image checkpoint")
+        if self.is_distilled:
+            raise ValueError("a distilled text-to-image model: of these, only editors are known here")
 
     def _null(self, negative_prompt, count):
         return self.encode_text([negative_prompt]).expand(count, -1, -1)

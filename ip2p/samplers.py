@@ -13,19 +13,22 @@ from tqdm import tqdm
 from .schedule import NUM_TRAIN_TIMESTEPS, sigmas_at
 
 
-def ddim_timesteps(num_steps: int, num_train_timesteps: int = NUM_TRAIN_TIMESTEPS) -> Tensor:
+def ddim_timesteps(num_steps: int, num_train_timesteps: int = NUM_TRAIN_TIMESTEPS, spacing: str = "leading") -> Tensor:
     """Descending int64 timesteps, (num_steps,): evenly spaced from 1 up, as in the original, which takes more steps
     than asked where their number does not divide 1000; here it is always exact. (All 1000 are 999, ..., 0.)
+    spacing: "trailing" for evenly spaced from 999 down (Lin et al. 2023, arXiv:2305.08891), where few steps must begin.
     Raises ValueError unless 1 <= num_steps <= num_train_timesteps."""
     if not 1 <= num_steps <= num_train_timesteps:
         raise ValueError(f"the number of steps must be in 1..{num_train_timesteps}, got {num_steps}")
+    if spacing == "trailing":
+        return (num_train_timesteps * (1 - torch.arange(num_steps, dtype=torch.float64) / num_steps)).round().long() - 1
     offset = int(num_steps < num_train_timesteps)
     return (torch.arange(num_steps) * num_train_timesteps // num_steps + offset).flip(0)
 
 
-def ddim_steps(num_steps: int, alphas_cumprod: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+def ddim_steps(num_steps: int, alphas_cumprod: Tensor, spacing: str = "leading") -> list[tuple[Tensor, Tensor, Tensor]]:
     """(t, a_t, a_prev) of each step. The last step ends at alphas_cumprod[0], not at 1."""
-    timesteps = ddim_timesteps(num_steps, len(alphas_cumprod)).to(alphas_cumprod.device)
+    timesteps = ddim_timesteps(num_steps, len(alphas_cumprod), spacing).to(alphas_cumprod.device)
     a_t = alphas_cumprod[timesteps]
     return list(zip(timesteps, a_t, torch.cat([a_t[1:], alphas_cumprod[:1]])))
 
@@ -43,11 +46,11 @@ def ddim_step(x_t: Tensor, eps: Tensor, a_t: Tensor, a_prev: Tensor, eta: float 
 
 def ddim_sample(denoise: Callable, x_T: Tensor, num_steps: int, alphas_cumprod: Tensor, eta: float = 0.0,
                 noise_like: Callable | None = None, progress: bool = False, after_step: Callable | None = None,
-                first: int = 0) -> Tensor:
+                first: int = 0, spacing: str = "leading") -> Tensor:
     """Clean latents from noise x_T (unit variance), in exactly `num_steps` evaluations of `denoise`; or in the steps from
-    `first` on, from latents that are as noisy as that step expects."""
-    x = x_T
-    for t, a_t, a_prev in tqdm(ddim_steps(num_steps, alphas_cumprod.to(x_T.device))[first:], desc="DDIM", disable=not progress):
+    `first` on, from latents that are as noisy as that step expects. spacing: see `ddim_timesteps`."""
+    x, steps = x_T, ddim_steps(num_steps, alphas_cumprod.to(x_T.device), spacing)[first:]
+    for t, a_t, a_prev in tqdm(steps, desc="DDIM", disable=not progress):
         x = ddim_step(x, denoise(x, t), a_t, a_prev, eta, noise_like(x) if eta != 0 else None)
         if after_step is not None:
             x = after_step(x)

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from . import distributed
 from .schedule import add_noise, make_alphas_cumprod, velocity
 from .tensorfiles import replacing
 from .training import fit, seeded
+from .unet import Stage, UNet
 
 
 # What may change on resuming. Another number of steps moves the cool-down.
@@ -43,6 +45,18 @@ def history(record: dict) -> dict:
     return {k: v for k, v in record.items() if k not in ("unet", "vae", "text", "shared", "parameterization", "image_size")}
 
 
+def recompute_stages(unet: UNet, recompute: bool):
+    """Whether to compute the UNet's blocks again for their gradients, to save memory."""
+    for block in unet.modules():
+        if isinstance(block, Stage):
+            block.recompute = recompute
+
+
+def is_miniature(record: dict) -> bool:
+    """Whether a model says that it was made for the toy world, or from one that was."""
+    return "ip2p.world" in json.dumps(record)
+
+
 def commit() -> str:
     """The commit of the code at hand, or "" outside a repository."""
     command = ["git", "rev-parse", "--short", "HEAD"]
@@ -62,7 +76,8 @@ class Pool:
         number, within = divmod(step, block // B * self.args.reuse)
         again, turn = divmod(within, block // B)
         if number != self.number:
-            parts = [self.draw(number * block + i, min(128, block - i)) for i in range(0, block, 128)]
+            starts = tqdm(range(0, block, 128), desc="drawing", leave=False, dynamic_ncols=True)
+            parts = [self.draw(number * block + i, min(128, block - i)) for i in starts]
             self.columns = [torch.cat(c) if torch.is_tensor(c[0]) else sum(c, []) for c in zip(*parts)]
             self.number = number
         order = torch.randperm(block, generator=seeded(self.args.seed, number, again))

@@ -146,12 +146,15 @@ def evaluate_edits(args):
               "true edit, autoencoder": lambda before, after, *_: through(vae, after),
               "unedited": lambda before, *_: before}
     settings = {}
-    for (path, model), steps in product(models.items(), args.steps):
-        own, name = model.parts.metadata, f"{path}, {steps} steps"
-        settings[name] = dict(steps=steps, cfg_text=own.get("cfg_text", 7.5) if args.cfg_text is None else args.cfg_text,
-                              cfg_image=own.get("cfg_image", 1.5) if args.cfg_image is None else args.cfg_image)
-        makers[name] = partial(edit_pixels, model, settings[name])
-        print(name, settings[name], flush=True)
+    for path, model in models.items():
+        own = model.parts.metadata
+        scales = dict(cfg_text=own.get("cfg_text", 7.5) if args.cfg_text is None else args.cfg_text,
+                      cfg_image=own.get("cfg_image", 1.5) if args.cfg_image is None else args.cfg_image)
+        for steps in args.steps or [own.get("sample_steps", 20)]:
+            name = f"{path}, {steps} steps"
+            settings[name] = dict(steps=steps, **scales)
+            makers[name] = partial(edit_pixels, model, settings[name])
+            print(name, settings[name], flush=True)
 
     rows = []
     for name, make in makers.items():
@@ -258,7 +261,7 @@ def evaluate_pictures(args):
 
     makers = {"true picture": lambda scenes, *_: world.render(scenes),
               "true picture, autoencoder": lambda scenes, *_: through(model.vae, world.render(scenes))}
-    makers |= {f"drawn, {steps} steps": partial(drawn, steps=steps) for steps in args.steps}
+    makers |= {f"drawn, {steps} steps": partial(drawn, steps=steps) for steps in args.steps or [20]}
     names, rows = ("object", *ATTRIBUTES), []
     for name, make in makers.items():
         for split in tqdm(HELD_OUT, desc=name):

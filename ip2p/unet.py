@@ -29,6 +29,7 @@ class UNetConfig:
     head_channels: int | None = None                                  # Stable Diffusion 2: heads of 64 channels
     linear_proj: bool = False
     norm_groups: int = 32
+    cond_dim: int | None = None                                       # a distilled editor: see `UNet.forward`
 
     def heads(self, channels: int) -> int:
         """Attention heads of a transformer `channels` wide."""
@@ -105,6 +106,8 @@ class UNet(nn.Module):
         self.config = c = config
         emb_dim = 4 * c.model_channels
         self.time_embed = nn.Sequential(nn.Linear(c.model_channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+        if c.cond_dim:
+            self.cond_proj = nn.Linear(c.cond_dim, c.model_channels, bias=False)
 
         def res(c_in, c_out):
             return ResBlock(c_in, c_out, emb_dim, c.norm_groups)
@@ -151,15 +154,22 @@ class UNet(nn.Module):
         blocks = (m for m in self.modules() if isinstance(m, BasicTransformerBlock))
         return {block.attn2: block.attn2.keys_and_values(context) for block in blocks}
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor | dict, control: Callable | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | dict, control: Callable | None = None,
+                condition: Tensor | None = None) -> Tensor:
         """What the model predicts of the noise: eps, or v where it was trained to.
 
         x: (B, in_channels, h, w) latents, h and w multiples of 2 ** (levels - 1); t: (B,) timesteps in 0..999, which
         may be fractions; context: (B, M, context_dim), or what `read_text` makes of it; control: what takes the place of
-        `attend` in every attention layer. Returns (B, out_channels, h, w).
+        `attend` in every attention layer; condition: (B, n) numbers in 0..1000 that a distilled editor goes by, each embedded
+        as a timestep is, in cond_dim / n features. Returns (B, out_channels, h, w).
         """
-        emb = timestep_embedding(t, self.config.model_channels)
-        emb = self.time_embed(emb.to(self.time_embed[0].weight.dtype))
+        dtype = self.time_embed[0].weight.dtype
+        emb = timestep_embedding(t, self.config.model_channels).to(dtype)
+        if self.config.cond_dim:
+            B, n = condition.shape
+            features = timestep_embedding(condition.flatten(), self.config.cond_dim // n).view(B, -1)
+            emb = emb + self.cond_proj(features.to(dtype))
+        emb = self.time_embed(emb)
         skips = []
         for block in self.input_blocks:
             x = block(x, emb, context, control)

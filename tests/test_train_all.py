@@ -59,7 +59,7 @@ def test_all_stages_leave_alone_what_is_finished_and_end_in_a_table(drawn, tmp_p
         shutil.copy(ROOT / "weights" / f"{name}.safetensors", tmp_path)
     said = run("--stage", "all", "--out", tmp_path, "--cache", tmp_path / "cache", "--num-captions", 5)
     trained = [line.split()[0] for line in said.splitlines() if line.startswith("stage=")]
-    assert trained == ["stage=vae", "stage=scorer", "stage=edit"]
+    assert trained == ["stage=vae", "stage=scorer", "stage=edit", "stage=distill"]
     data, = drawn                                                    # this CLIP has thresholds: no --calibrate
     assert dict(zip(data[::2], data[1::2])) == {"--out": f"{tmp_path}/data", "--num-captions": "5",
                                                 **{f"--{k}": f"{tmp_path}/mini-{v}.safetensors" for k, v in
@@ -67,8 +67,11 @@ def test_all_stages_leave_alone_what_is_finished_and_end_in_a_table(drawn, tmp_p
     _, record = read_state_dict(tmp_path / "mini-ip2p.safetensors")
     assert record["data"] == "data" and record["base"]["stage"] == "base"
     assert record["shared"] == {"vae": "mini-sd.safetensors"}
+    _, record = read_state_dict(tmp_path / "mini-ip2p-fast.safetensors")
+    assert record["data"] == "data" and record["teacher"]["stage"] == "edit"
+    assert record["shared"] == {"vae": "mini-sd.safetensors", "text": "mini-ip2p.safetensors", "unet": "mini-ip2p.safetensors"}
     table = [line.split("|")[1].strip() for line in said.splitlines() if line.startswith("|")]
-    assert table == ["stage", "---", "vae", "clip", "base", "scorer", "edits", "edit"]
+    assert table == ["stage", "---", "vae", "clip", "base", "scorer", "edits", "edit", "distill"]
     again = run("--stage", "all", "--out", tmp_path)
     assert len(drawn) == 1 and not any(line.startswith("stage=") for line in again.splitlines())
-    assert again.splitlines() == said.splitlines()[-8:]
+    assert again.splitlines() == said.splitlines()[-9:]

@@ -201,8 +201,8 @@ def test_pool_batches_depend_on_the_step_alone():
 def trained(tmp_path_factory):
     """All stages of the miniature, a few steps each, one from the other, as commands."""
     out, records = tmp_path_factory.mktemp("runs"), {}
-    for stage, size in (("vae", 2), ("clip", 4), ("base", 2), ("scorer", 2), ("edit", 2)):
-        flags = ("--data", "world") if stage == "edit" else ()
+    for stage, size in (("vae", 2), ("clip", 4), ("base", 2), ("scorer", 2), ("edit", 2), ("distill", 2)):
+        flags = ("--data", "world") if stage in ("edit", "distill") else ()
         code, records[stage] = command("--stage", stage, "--out", out, "--steps", 2, "--batch-size", size, *flags)
         assert code == 0, records[stage]
     return out, records
