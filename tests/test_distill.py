@@ -149,6 +149,33 @@ def test_the_loss_is_zero_for_who_lands_and_for_no_one_else(parameterization):
     assert torch.equal(seen["condition"][:, :2], torch.stack([100 * text, 100 * image], 1))
 
 
+def test_a_student_learns_to_land():
+    """On trajectories of two edits, both guided four ways: from the mean loss over all landings of 1, 2, 4 and 8 steps, which
+    at the beginning is the unguided teacher's, to less than a third of it in 60 steps; and, told wrong scales, back over it."""
+    model, B = InstructPix2Pix(editor()), 8
+    latents, x_T, context = (x.repeat_interleave(4, 0) for x in (noise(2, 4, 4, 4), noise(2, 4, 4, 4, seed=1), 3 * noise(2, 5, 64)))
+    text, image, null = torch.tensor([1., 15.]).repeat(4), torch.tensor([1., 1., 3., 3.]).repeat(2), torch.zeros(B, 5, 64)
+    states = draw_trajectories(model, latents, context, null, text, image, x_T)
+    student = make_student(model.unet)
+    landings = [(first, first + reach) for reach in (1, 2, 4, 8) for first in range(0, TEACHER_STEPS, reach)]
+
+    def loss(first, last, text=text, image=image):
+        return landing_loss(student, "v", ALPHAS, states, torch.full((B,), first), torch.full((B,), last), latents, context, text, image)
+
+    def mean_loss(**told):
+        with torch.no_grad():
+            return sum(loss(*landing, **told) for landing in landings).item() / len(landings)
+
+    before, optimizer = mean_loss(), torch.optim.Adam(student.parameters(), 2e-3)
+    for step in range(60):
+        optimizer.zero_grad()
+        loss(*landings[step * 7 % len(landings)]).backward()
+        optimizer.step()
+    after = mean_loss()
+    wrong = mean_loss(text=text.flip(0), image=image.flip(0))
+    assert after < before / 3 < wrong, (before, after, wrong)
+
+
 def test_an_edit_takes_one_evaluation_a_step_and_minds_the_scales():
     model, calls = student_of(editor(metadata=dict(sample_steps=2))), []
     unet = model.unet
@@ -210,30 +237,26 @@ def command(tmp_path):
 
     def make(*flags, out="run"):
         usual = ("--stage", "distill", "--init", tmp_path / "edit.safetensors", "--data", pairs, "--out", tmp_path / out,
-                 "--cache", tmp_path / "cache", "--size", 32, "--views", 1, "--steps", 40, "--batch-size", 8, "--accumulate", 2,
-                 "--block", 16, "--reuse", 30, "--lr", 2e-3, "--warmup", 0, "--optimizer", "adamw", "--ema-decay", 0.9,
+                 "--cache", tmp_path / "cache", "--size", 32, "--views", 1, "--steps", 3, "--batch-size", 8, "--accumulate", 2,
+                 "--block", 16, "--reuse", 1, "--lr", 2e-3, "--warmup", 0, "--optimizer", "adamw", "--ema-decay", 0.9,
                  "--cfg-text", 4, "--dtype", "fp32", "--device", "cpu", "--score-examples", 2)
         return [str(x) for x in (*usual, *flags)]
     return make
 
 
-def test_the_stage_teaches_landing(command, tmp_path):
-    """After it, the student's first loss over all trajectories is less than half of what its teacher's was, unguided as it is;
-    what was frozen has not changed; stopped and repeated, it ends in the same bits."""
-    status, _, complaint = run(command("--freeze", "input_blocks", "middle_block"))
-    assert status == 0, complaint
-    rows = [json.loads(line) for line in (tmp_path / "run/distill/metrics.jsonl").read_text().splitlines()]
+def test_the_stage_changes_what_is_not_frozen_and_resumes(command, tmp_path):
+    """Stopped after one step and repeated, it ends in the same bits."""
+    frozen = "--freeze", "input_blocks", "middle_block"
+    assert run(command(*frozen))[0] == 0
     made, teacher = load_checkpoint(tmp_path / "run/ip2p-fast.safetensors"), load_checkpoint(tmp_path / "edit.safetensors")
     assert made.metadata["sample_steps"] == 4 and made.metadata["cfg_text"] == 4 and made.metadata["stage"] == "distill"
     old, new = teacher.unet.state_dict(), made.unet.state_dict()
-    changed = {name.split(".")[0] for name in old if not torch.equal(old[name], new[name])}
-    assert changed == {"time_embed", "output_blocks", "out"}
-    assert rows[-1]["loss"] < 0.5 * rows[0]["loss"], rows
+    assert {name.split(".")[0] for name in old if not torch.equal(old[name], new[name])} == {"time_embed", "output_blocks", "out"}
+    assert new["cond_proj.weight"].abs().max() > 0
 
-    run(command("--freeze", "input_blocks", "middle_block", "--minutes", 0.01, out="parts"))
-    assert not (tmp_path / "parts/ip2p-fast.safetensors").exists() or not load_checkpoint(
-        tmp_path / "parts/ip2p-fast.safetensors").metadata["finished"]
-    assert run(command("--freeze", "input_blocks", "middle_block", out="parts"))[0] == 0
+    assert run(command(*frozen, "--minutes", 1e-4, out="parts"))[0] == 0
+    assert load_checkpoint(tmp_path / "parts/ip2p-fast.safetensors").metadata["finished"] is False
+    assert run(command(*frozen, out="parts"))[0] == 0
     again = load_checkpoint(tmp_path / "parts/ip2p-fast.safetensors").unet.state_dict()
     assert all(torch.equal(again[name], new[name]) for name in new)
 
