@@ -4,6 +4,7 @@
     python train.py --data world                      # the same on the toy world's true pairs
     python train.py --base v1-5-pruned-emaonly.safetensors --data pairs --preset 24gb          # Stable Diffusion on one card
     torchrun --nproc-per-node 8 train.py --base v1-5-pruned-emaonly.safetensors --data pairs   # the paper's run
+    python train.py --stage distill                   # from a trained editor one that needs 4 evaluations, not 60
     python train.py --stage all                       # the miniature from nothing, everything in weights/
 
 Each stage trains in a folder of its own below --out. Stopped by --minutes, Ctrl-C, SIGTERM or worse, it goes on when the
@@ -287,7 +288,7 @@ def train_all(args, argv):
         if not record.get("finished"):
             own = parse([*argv, "--stage", stage])
             if stage in CHANGE and own.data is None:
-                own.data = str(draw_own_pairs(args))
+                own.data = str(draw_own_pairs(args) if stage == "edit" else args.out / "data")
             record = main(own)
             if not record["finished"]:
                 print("stopped by --minutes; repeat the command to go on")
@@ -397,8 +398,9 @@ def parse(argv=None):
     flag = editor.add_argument
     flag("--base", type=Path, help="the text-to-image checkpoint to start from (default: OUT/mini-sd.safetensors if there "
          "is one, else weights/mini-sd.safetensors); edits: public GPT-2 weights to start from")
-    flag("--init", type=Path, help="an editor to go on from, in place of --base; base: the text-to-image checkpoint to "
-         "train further, made with the same autoencoder")
+    flag("--init", type=Path, help="an editor to go on from, in place of --base; distill: the editor to learn from (default: "
+         "OUT/mini-ip2p.safetensors if there is one, else weights/mini-ip2p.safetensors); base: the text-to-image checkpoint "
+         "to train further, made with the same autoencoder")
     flag("--data", help="a data set, as make_data.py writes it or in any layout that ip2p/data.py reads, or `world` for the "
          "toy world's true pairs (default: data, made if there is none)")
     flag("--preset", choices=PRESETS, help="see above (default: miniature if the base is one, else paper)")
