@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from ip2p import InstructPix2Pix
 from ip2p.checkpoint import Parts, load_checkpoint, save_checkpoint
+from ip2p.data import PairedDataset
 from ip2p.run_folder import list_checkpoints
 from ip2p.text import TextConfig, TextEncoder, import_open_clip
 from ip2p.unet import Stage, UNet, UNetConfig
@@ -130,7 +131,7 @@ def test_the_loss_is_the_formula(base, pairs, command, tmp_path, monkeypatch):
         torch.cat([args[1], args[6]], 1), args[3], args[2]).square().mean())
     assert run(command("--steps", 1, "--preset", "paper", "--accumulate", 1, "--batch-size", 16, "--dropout", 0.3))[0] == 0
     x0, context, t, noise, parameterization, image_latents = seen[0]
-    parts, data = load_checkpoint(base), train.PairedDataset(pairs, min_resize_res=32, max_resize_res=32, crop_res=32)
+    parts, data = load_checkpoint(base), PairedDataset(pairs, min_resize_res=32, max_resize_res=32, crop_res=32)
     order = [data.order(0), data.order(1)]
     chosen = [data.example(n // len(data), order[n // len(data)][n % len(data)]) for n in range(16)]
     before, after = (torch.stack([example[k] for example in chosen]) for k in (0, 1))
