@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def instruct_denoiser(predict: Callable, context: Tensor, null_context: Tensor, image_latents: Tensor,
-                      cfg_text: float, cfg_image: float, read_text: Callable | None = None) -> Callable:
+                      cfg_text: float, cfg_image: float, read_text: Callable | None = None, one_by_one=False) -> Callable:
     """denoise(x_t, t) -> eps for an editor, guided over text and image (arXiv:2211.09800, Eq. 3), in float32:
 
     eps = e(0, 0) + s_I (e(I, 0) - e(0, 0)) + s_T (e(I, T) - e(I, 0)).
@@ -18,13 +18,17 @@ def instruct_denoiser(predict: Callable, context: Tensor, null_context: Tensor, 
     context, null_context: (B, M, D), the instruction and what stands for its absence ("" or a negative prompt).
     image_latents: (B, z, h, w), unscaled in InstructPix2Pix. cfg_text, cfg_image: s_T and s_I, any finite number.
     read_text: turns the contexts of all branches, once, into what `predict` takes in their place.
-    Each step evaluates [text + image, image, nothing] in one batch. Where a branch's weight is zero it is left out:
-    s_I = 1 drops "nothing" (two evaluations), s_T = s_I drops "image" (two), and s_T = s_I = 1 leaves one.
+    Each step evaluates [text + image, image, nothing] in one batch, or one_by_one, in less memory. Where a branch's weight is
+    zero it is left out: s_I = 1 drops "nothing" (two evaluations), s_T = s_I drops "image" (two), and s_T = s_I = 1 leaves one.
     """
     branches = [(cfg_text, context, image_latents),                         # (weight, text, image)
                 (cfg_image - cfg_text, null_context, image_latents),
                 (1 - cfg_image, null_context, torch.zeros_like(image_latents))]
-    return _weighted_denoiser(predict, [b for b in branches if b[0] != 0], True, read_text)
+    branches = [b for b in branches if b[0] != 0]
+    if one_by_one:
+        denoisers = [_weighted_denoiser(predict, [branch], True, read_text) for branch in branches]
+        return lambda x_t, t: sum(denoise(x_t, t) for denoise in denoisers)
+    return _weighted_denoiser(predict, branches, True, read_text)
 
 
 def text_denoiser(predict: Callable, context: Tensor, null_context: Tensor, cfg_text: float | Tensor,
