@@ -1,5 +1,5 @@
-"""A function as a CUDA graph: its kernels, hundreds in a sampler's step, are started at once. One by one, starting them takes
-longer than running them where a model is small or a GPU large."""
+"""A function as a CUDA graph: its kernels, hundreds in a sampler's step, are started at once. One by one, starting them
+takes longer than running them where a model is small or a GPU large."""
 import sys
 from typing import Callable
 

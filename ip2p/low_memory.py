@@ -6,7 +6,6 @@ another. A strip is given the rows beside it, and group norm the statistics of t
 Weights wait where there is room and visit the device for as long as they are used.
 """
 from contextlib import contextmanager
-from itertools import chain
 from typing import Callable
 
 import torch
@@ -21,41 +20,41 @@ BESIDE = 2         # rows above and below that a strip is given: more than a 3 x
 
 @contextmanager
 def visiting(part: nn.Module, device):
-    """`part` with its weights on `device`. They are back where they were afterwards: copies are dropped, nothing is copied back.
-    Costs nothing where they are there already."""
-    home = [(p, p.data) for p in chain(part.parameters(), part.buffers())]
+    """`part` with its weights on `device`; afterwards it has those again that it had, which stayed where they were."""
+    home = part.state_dict()
     try:
-        for p, data in home:
-            p.data = data.to(device)
-        yield part
+        yield part.to(device)
     finally:
-        for p, data in home:
-            p.data = data
+        part.load_state_dict(home, assign=True)
 
 
-def in_strips(layer: Callable, x: Tensor) -> Tensor:
+def in_strips(layer: Callable, x: Tensor, in_place=False) -> Tensor:
     """layer(x) for a layer whose rows depend on rows at most BESIDE away, however much it enlarges or shrinks a map.
-    x: (B, C, H, W), H even. What the layer's own padding does to the rows beside a strip is cut off."""
-    H, out = x.shape[2], None
+    x: (B, C, H, W), H even where the layer halves it. What the layer's own padding does to the rows beside a strip is cut off.
+    in_place: x takes the result, of its own shape."""
+    H, out, above = x.shape[2], x if in_place else None, x[:, :, :0]
     for top in range(0, H, ROWS):
         bottom = min(top + ROWS, H)
-        above, below = min(top, BESIDE), min(H - bottom, BESIDE)
-        y = layer(x[:, :, top - above:bottom + below])
-        scale = y.shape[2] / (above + bottom - top + below)              # 2 for Upsample, 0.5 for Downsample
+        strip = torch.cat([above, x[:, :, top:bottom + BESIDE]], 2)
+        y = layer(strip)
+        scale = y.shape[2] / strip.shape[2]                              # 2 for Upsample, 0.5 for Downsample
         if out is None:
             out = y.new_empty(*y.shape[:2], int(H * scale), y.shape[3])
-        out[:, :, int(top * scale):int(bottom * scale)] = y[:, :, int(above * scale):y.shape[2] - int(below * scale)]
+        start = int(above.shape[2] * scale)
+        above = x[:, :, bottom - BESIDE:bottom].clone()                  # as they are before they are overwritten
+        rows = out[:, :, int(top * scale):int(bottom * scale)]
+        rows.copy_(y[:, :, start:start + rows.shape[2]])
     return out
 
 
-def norm_silu_conv(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """conv(silu(norm(x))). x: (B, C, H, W)."""
+def norm_silu_conv(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor, in_place=False) -> Tensor:
+    """conv(silu(norm(x))). x: (B, C, H, W), which takes the result if in_place."""
     groups = [torch.var_mean(group.float(), (1, 2, 3), correction=0) for group in x.chunk(norm.num_groups, 1)]
     var, mean = (torch.stack(s, 1).repeat_interleave(x.shape[1] // norm.num_groups, 1) for s in zip(*groups))      # (B, C)
     scale = (var + norm.eps).rsqrt() * norm.weight
     shift = norm.bias - mean * scale
     scale, shift = scale[:, :, None, None], shift[:, :, None, None]
-    return in_strips(lambda rows: conv(F.silu((rows * scale).add_(shift), inplace=True).to(x.dtype)), x)
+    return in_strips(lambda rows: conv(F.silu((rows * scale).add_(shift), inplace=True).to(x.dtype)), x, in_place)
 
 
 def encode(vae: AutoencoderKL, pixels: Tensor) -> DiagonalGaussian:
@@ -90,5 +89,7 @@ def _levels(levels, x):
 
 def _resnet_block(block, x):
     h = norm_silu_conv(block.norm1, block.conv1, x)
-    h = norm_silu_conv(block.norm2, block.conv2, h)
-    return h.add_(in_strips(block.nin_shortcut, x) if hasattr(block, "nin_shortcut") else x)
+    h = norm_silu_conv(block.norm2, block.conv2, h, in_place=True)
+    for rows, skipped in zip(h.split(ROWS, 2), x.split(ROWS, 2)):
+        rows += block.nin_shortcut(skipped) if hasattr(block, "nin_shortcut") else skipped
+    return h

@@ -4,6 +4,7 @@
     picture, = model.edit(Image.open("fox.png"), "make it night")
 """
 import math
+from contextlib import nullcontext
 from functools import partial
 from itertools import cycle
 from typing import Sequence
@@ -82,8 +83,8 @@ class InstructPix2Pix:
             return self.text(self.tokenizer(prompts).to(self.device))
 
     def working(self, part):
-        """A context in which `part` is on the device."""
-        return sparing.visiting(part, self.device)
+        """A context in which `part` is on the device: low memory has it there no longer."""
+        return sparing.visiting(part, self.device) if self.low_memory else nullcontext()
 
     def read_text(self, context: Tensor) -> dict:
         """What the UNet makes of a context, (B, M, D), at every step alike."""
@@ -245,7 +246,7 @@ class InstructPix2Pix:
 
         def noise_like(x):
             noise = torch.stack([torch.randn(x.shape[1:], generator=g) for g in streams])
-            return (noise.pin_memory() if x.is_cuda else noise).to(x.device, non_blocking=True)      # the GPU need not wait
+            return (noise.pin_memory() if x.is_cuda else noise).to(x.device, non_blocking=True)      # nobody waits
 
         if x_T is None:
             x_T = noise_like(torch.empty(shape, device=self.device))
