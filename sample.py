@@ -47,7 +47,7 @@ def main(args):
         args.model = str(miniature)
         print(f"model: the miniature, which knows only the toy world it was trained on; for photographs, pass --model {public}")
     args.device, args.dtype, dtype = choose_device(args.device, args.dtype)
-    model = InstructPix2Pix.load(args.model, args.device, dtype, args.vae)
+    model = InstructPix2Pix.load(args.model, args.device, dtype, args.vae, low_memory=args.low_memory)
     if args.method == "ip2p" and not model.is_editor:
         raise ValueError(f"{args.model}: not an editor: its UNet takes {model.unet.config.in_channels} channels, "
                          f"InstructPix2Pix's {2 * model.vae.config.z_channels}")
@@ -246,7 +246,7 @@ def run(argv=None):
     except (RuntimeError, MemoryError) as error:
         if "memory" not in f"{error!r}".lower():
             raise
-        print("sample.py: out of memory; try a smaller --size or --batch-size, or --dtype bf16", file=sys.stderr)
+        print("sample.py: out of memory; try --low-memory, a smaller --size or --batch-size, or --dtype bf16", file=sys.stderr)
     except KeyboardInterrupt:
         print("\nsample.py: stopped", file=sys.stderr)
         return 130
@@ -294,6 +294,8 @@ def parse(argv=None):
     flag("--batch-size", type=within(int, 1, 10000), default=8, help="results made at a time (default: %(default)s)")
     flag("--device", help="such as cpu, cuda or cuda:1 (default: cuda if there is one, else cpu)")
     flag("--dtype", choices=("fp32", "fp16", "bf16"), help="of weights and arithmetic (default: bf16 on cuda, else fp32)")
+    flag("--low-memory", action="store_true", help="the model's parts on the device in turn, the autoencoder in strips, guidance "
+         "one branch after another: less memory, more time, the same picture (default: off)")
     flag("--method", choices=METHODS, default="ip2p", help="how to edit: by InstructPix2Pix in one pass; or with a text-to-image "
          "model, by SDEdit, by Prompt-to-Prompt after DDIM inversion, or after null-text inversion (default: %(default)s)")
     flag("--source-prompt", help="p2p, null-text: what the picture shows; prompts then say what it shall show (no default)")

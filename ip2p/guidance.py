@@ -9,7 +9,8 @@ from torch import Tensor
 
 
 def instruct_denoiser(predict: Callable, context: Tensor, null_context: Tensor, image_latents: Tensor,
-                      cfg_text: float | Tensor, cfg_image: float | Tensor, read_text: Callable | None = None) -> Callable:
+                      cfg_text: float | Tensor, cfg_image: float | Tensor, read_text: Callable | None = None,
+                      one_by_one=False) -> Callable:
     """denoise(x_t, t) -> eps for an editor, guided over text and image (arXiv:2211.09800, Eq. 3), in float32:
 
     eps = e(0, 0) + s_I (e(I, 0) - e(0, 0)) + s_T (e(I, T) - e(I, 0)).
@@ -19,12 +20,15 @@ def instruct_denoiser(predict: Callable, context: Tensor, null_context: Tensor, 
     image_latents: (B, z, h, w), unscaled in InstructPix2Pix. cfg_text, cfg_image: s_T and s_I, any finite numbers, or one
     of each for every picture, (B,).
     read_text: turns the contexts of all branches, once, into what `predict` takes in their place.
-    Each step evaluates [text + image, image, nothing] in one batch. Where a branch's weight is zero it is left out:
-    s_I = 1 drops "nothing" (two evaluations), s_T = s_I drops "image" (two), and s_T = s_I = 1 leaves one.
+    Each step evaluates [text + image, image, nothing] in one batch, or one_by_one, in less memory. Where a branch's weight is
+    zero it is left out: s_I = 1 drops "nothing" (two evaluations), s_T = s_I drops "image" (two), and s_T = s_I = 1 leaves one.
     """
     branches = [(cfg_text, context, image_latents),                         # (weight, text, image)
                 (cfg_image - cfg_text, null_context, image_latents),
                 (1 - cfg_image, null_context, torch.zeros_like(image_latents))]
+    if one_by_one:
+        denoisers = [_weighted_denoiser(predict, [branch], read_text) for branch in branches if _counts(branch)]
+        return lambda x_t, t: sum(denoise(x_t, t) for denoise in denoisers)
     return _weighted_denoiser(predict, branches, read_text)
 
 
@@ -43,10 +47,15 @@ def text_denoiser(predict: Callable, context: Tensor, null_context: Tensor, cfg_
     return _weighted_denoiser(predict, [(cfg_text, context, None), (1 - cfg_text, null_context, None)], read_text)
 
 
+def _counts(branch):
+    """Whether a branch, (weight, text, image), has any weight."""
+    return torch.is_tensor(branch[0]) or branch[0] != 0
+
+
 def _weighted_denoiser(predict, branches, read_text):
     """The sum of weight x prediction over branches whose weight is not zero. The weights add up to 1, so it is the guided eps:
     the formulas above with their terms collected. It holds for v as well, which is an affine function of eps."""
-    weights, texts, images = zip(*(b for b in branches if torch.is_tensor(b[0]) or b[0] != 0))
+    weights, texts, images = zip(*filter(_counts, branches))
     weights = [w[:, None, None, None] if torch.is_tensor(w) else w for w in weights]
     n, join_image = len(weights), images[0] is not None
     context = torch.cat(texts) if read_text is None else read_text(torch.cat(texts))

@@ -25,8 +25,7 @@ def encode_picture(model: InstructPix2Pix, image: Image.Image, size: int | None 
     model.check_makes_pictures()
     image = to_rgb(image)
     width, height = model_size(*image.size, size or model.parts.image_size, model.size_multiple)
-    pixels = to_pixels(image, width, height)[None].to(model.device, model.dtype)
-    return model.vae.encode(pixels).mode().float() * model.vae.config.scale_factor
+    return model.encode(to_pixels(image, width, height)[None]) * model.vae.config.scale_factor
 
 
 @torch.no_grad()
@@ -97,11 +96,13 @@ class InvertedPicture:
                  cfg_text=7.5, inner_steps=10, size=None, progress=True):
         """optimize: null-text inversion; without it, guidance leads away from the picture, but it is fast."""
         self.model, self.source_prompt, self.steps, self.cfg_text = model, source_prompt, steps, cfg_text
-        self.latents = invert(model, encode_picture(model, image, size), source_prompt, steps, progress)
+        z = encode_picture(model, image, size)
         self.nulls = [model.encode_text([""])] * steps
-        if optimize:
-            self.nulls = null_text(model, self.latents, source_prompt, cfg_text=cfg_text, inner_steps=inner_steps,
-                                   progress=progress)
+        with model.working(model.unet):
+            self.latents = invert(model, z, source_prompt, steps, progress)
+            if optimize:
+                self.nulls = null_text(model, self.latents, source_prompt, cfg_text=cfg_text, inner_steps=inner_steps,
+                                       progress=progress)
 
     @torch.no_grad()
     def edit(self, prompts: list[str], control: AttentionControl | None = None, progress=True) -> list[Image.Image]:

@@ -4,6 +4,7 @@
     picture, = model.edit(Image.open("fox.png"), "make it night")
 """
 import math
+from contextlib import nullcontext
 from functools import partial
 from itertools import cycle
 from typing import Sequence
@@ -12,8 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from . import low_memory as sparing
 from .checkpoint import Parts, load_checkpoint, save_checkpoint
-from .guidance import instruct_denoiser, text_denoiser, guidance_condition
+from .cuda_graph import CUDAGraphed
+from .guidance import guidance_condition, instruct_denoiser, text_denoiser
 from .images import check_shape, model_size, to_images, to_pixels, to_rgb
 from .prompt_to_prompt import AttentionControl, ControlledRun, prompt_to_prompt, share_self_attention
 from .samplers import SAMPLERS
@@ -27,23 +30,33 @@ class InstructPix2Pix:
     unet(x, t, context), vae.encode(pixels), vae.decode(z) and encode_text(prompts) may be called directly.
     """
 
-    def __init__(self, parts: Parts):
-        self.parts = parts
+    def __init__(self, parts: Parts, device=None, low_memory=False):
+        """device: where to work, by default where the UNet is; low_memory: see `load`."""
+        self.parts, self.low_memory = parts, low_memory
         self.unet, self.vae, self.text = parts.unet, parts.vae, parts.text
+        self.device = torch.device(device or next(parts.unet.parameters()).device)
         self.tokenizer = Tokenizer(parts.text.config)
-        self.alphas_cumprod = make_alphas_cumprod()
+        self.alphas_cumprod = make_alphas_cumprod().to(self.device)
 
     @classmethod
-    def load(cls, path_or_repo_id, device=None, dtype=None, vae=None, *, in_channels=None, parameterization=None):
+    def load(cls, path_or_repo_id, device=None, dtype=None, vae=None, *, in_channels=None, parameterization=None,
+             low_memory=False):
         """Open a checkpoint: a .safetensors or .ckpt file, a diffusers folder, or the id of one on the hub.
 
         device, dtype: where the weights go and as what; CPU and float32 if not given. vae: a separate autoencoder file.
         in_channels: 8 opens a text-to-image checkpoint widened for editing, its new weights zero.
         parameterization: "eps" or "v", what the UNet predicts; read or guessed if not given.
+        low_memory: the parts stay on the CPU and visit the device in turn; the autoencoder works in strips of rows, and the
+        guidance branches of an edit run one after another. Slower; the results are the same up to rounding.
         Raises ValueError, in one line, for what is missing, damaged or not such a model.
         """
-        return cls(load_checkpoint(path_or_repo_id, device=device, dtype=dtype, vae=vae, in_channels=in_channels,
-                                   parameterization=parameterization))
+        parts = load_checkpoint(path_or_repo_id, device=None if low_memory else device, dtype=dtype, vae=vae,
+                                in_channels=in_channels, parameterization=parameterization)
+        model = cls(parts, device, low_memory)
+        if model.device.type == "cuda":                        # the order that its convolutions compute in
+            for part in (model.unet, model.vae):
+                part.to(memory_format=torch.channels_last)
+        return model
 
     def save(self, path, layout="ldm"):
         """Write the model as one file in the public layout ("ldm") or as a diffusers folder ("diffusers")."""
@@ -65,17 +78,18 @@ class InstructPix2Pix:
         return self.vae.config.downsampling * 2 ** (len(self.unet.config.channel_mult) - 1)
 
     @property
-    def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
-
-    @property
     def dtype(self) -> torch.dtype:
         return next(self.unet.parameters()).dtype
 
     @torch.no_grad()
     def encode_text(self, prompts: list[str]) -> Tensor:
         """The context of each prompt, (B, M, D): (B, 77, 768) for Stable Diffusion 1. Long prompts lose their end."""
-        return self.text(self.tokenizer(prompts).to(self.device))
+        with self.working(self.text):
+            return self.text(self.tokenizer(prompts).to(self.device))
+
+    def working(self, part):
+        """A context in which `part` is on the device: low memory has it there no longer."""
+        return sparing.visiting(part, self.device) if self.low_memory else nullcontext()
 
     def read_text(self, context: Tensor) -> dict:
         """What the UNet makes of a context, (B, M, D), at every step alike."""
@@ -88,7 +102,7 @@ class InstructPix2Pix:
         control: see `UNet.forward`; condition: a distilled editor's, (3,) or (B, 3). Returns (B, z, h, w) float32.
         """
         context = context if isinstance(context, dict) else context.to(self.dtype)
-        condition = condition if condition is None else condition.to(x.device).expand(len(x), -1)
+        condition = condition if condition is None else condition.expand(len(x), -1)
         out = self.unet(x.to(self.dtype), t, context, control, condition).float()
         if self.parts.parameterization == "v":
             out = eps_from_v(out, x[:, :out.shape[1]], t, self.alphas_cumprod)
@@ -129,20 +143,23 @@ class InstructPix2Pix:
         results = [None] * len(images)
         for width, height, told in dict.fromkeys(kinds):                  # pictures of one kind make one batch
             batch = [i for i, kind in enumerate(kinds) if kind == (width, height, told)]
-            pixels = torch.stack([to_pixels(images[i], width, height) for i in batch]).to(self.device, self.dtype)
-            latents = self.vae.encode(pixels).mode().float().repeat_interleave(num_images, 0)
+            latents = self.encode(torch.stack([to_pixels(images[i], width, height) for i in batch]))
+            latents = latents.repeat_interleave(num_images, 0)
+            z = latents * self.vae.config.scale_factor                    # the UNet sees image latents without this factor
             if told:
                 texts = [prompts[i] for i in batch for _ in range(num_images)]
+                context, null = self.encode_text(texts), self._null(negative_prompt, len(texts))
                 predict, scales, options = self.predict, (cfg_text, cfg_image), {}
                 if self.is_distilled:                                     # it has learned what guidance does: one branch is left
-                    predict, scales = partial(self.predict, condition=guidance_condition(*scales, steps)), (1, 1)
-                    options = dict(spacing="trailing")
-                denoise = instruct_denoiser(predict, self.encode_text(texts), self._null(negative_prompt, len(texts)), latents,
-                                            *scales, self.read_text)
-                z = self._sample(denoise, latents.shape, steps, sampler, _seeds(seed, num_images, len(texts)), x_T, eta, progress,
-                                 **options)
-                latents = z / self.vae.config.scale_factor                # the image latents above are unscaled
-            pictures = to_images(self.vae.decode(latents.to(self.dtype)))
+                    condition = guidance_condition(*scales, steps).to(self.device)
+                    predict, scales, options = partial(predict, condition=condition), (1, 1), dict(spacing="trailing")
+                with self.working(self.unet):
+                    denoise = instruct_denoiser(predict, context, null, latents, *scales, self.read_text,
+                                                one_by_one=self.low_memory)
+                    denoise = CUDAGraphed(denoise) if self.device.type == "cuda" else denoise
+                    z = self._sample(denoise, z.shape, steps, sampler, _seeds(seed, num_images, len(texts)), x_T, eta, progress,
+                                     **options)
+            pictures = to_images(self.decode(z))
             for j, i in enumerate(batch):
                 results[i] = pictures[j * num_images:(j + 1) * num_images]
         return [picture for row in results for picture in row]
@@ -211,14 +228,24 @@ class InstructPix2Pix:
         predict = run.predicting(self.predict) if run else self.predict
         context = self.encode_text(texts)
         by_step, read_text = (null_context, None) if isinstance(null_context, list) else ([null_context], self.read_text)
-        denoisers = cycle([text_denoiser(predict, context, null, cfg_text, read_text) for null in by_step])
-        return self._sample(lambda x, t: next(denoisers)(x, t), shape, steps, sampler, seeds, x_T, eta, progress,
-                            after_step=run and run.after_step, **{"first": first} if first else {})
+        with self.working(self.unet):
+            denoisers = cycle([text_denoiser(predict, context, null, cfg_text, read_text) for null in by_step])
+            return self._sample(lambda x, t: next(denoisers)(x, t), shape, steps, sampler, seeds, x_T, eta, progress,
+                                after_step=run and run.after_step, **{"first": first} if first else {})
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """The mean latents, (B, z, h, w) float32 and unscaled, of pixels (B, 3, H, W) in [-1, 1]."""
+        with self.working(self.vae):
+            encode = partial(sparing.encode, self.vae) if self.low_memory else self.vae.encode
+            return encode(pixels.to(self.device, self.dtype)).mode().float()
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """Pixels (B, 3, H, W), about in [-1, 1], of latents as the sampler leaves them."""
-        return self.vae.decode((z / self.vae.config.scale_factor).to(self.dtype))
+        with self.working(self.vae):
+            decode = partial(sparing.decode, self.vae) if self.low_memory else self.vae.decode
+            return decode((z / self.vae.config.scale_factor).to(self.dtype))
 
     def check_makes_pictures(self):
         """ValueError unless this is a text-to-image model."""
@@ -235,7 +262,8 @@ class InstructPix2Pix:
         streams = [torch.Generator().manual_seed(seed) for seed in seeds]
 
         def noise_like(x):
-            return torch.stack([torch.randn(x.shape[1:], generator=g) for g in streams]).to(x.device)
+            noise = torch.stack([torch.randn(x.shape[1:], generator=g) for g in streams])
+            return (noise.pin_memory() if x.is_cuda else noise).to(x.device, non_blocking=True)      # nobody waits
 
         if x_T is None:
             x_T = noise_like(torch.empty(shape, device=self.device))

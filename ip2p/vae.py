@@ -83,8 +83,8 @@ class AttnBlock(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x):
-        h = self.norm(x)
-        q, k, v = (layer(h).flatten(2).mT for layer in (self.q, self.k, self.v))     # (B, H*W, C)
+        h = self.norm(x).flatten(2).mT                        # (B, H*W, C)
+        q, k, v = (F.linear(h, layer.weight.flatten(1), layer.bias) for layer in (self.q, self.k, self.v))
         h = attend(q, k, v, heads=1).mT.unflatten(2, x.shape[2:])
         return x + self.proj_out(h)
 

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ip2p.attention import attend
+from ip2p.attention import CrossAttention, attend
 from ip2p.text import TextConfig, TextEncoder, import_open_clip
 from ip2p.unet import UNet, UNetConfig
+from ip2p.vae import AttnBlock
 
 
 def formula(q, k, v, heads, causal):
@@ -39,6 +41,27 @@ def test_attention_equals_its_formula_forward_and_backward(causal, dtype, traine
         ours = torch.autograd.grad((out.float() * weights).sum(), (q, k, v))
         theirs = torch.autograd.grad((expected * weights).sum(), (q, k, v))
         assert all((a - b).norm() < 3 * tolerance * b.norm() for a, b in zip(ours, theirs))
+
+
+@pytest.mark.parametrize("width, dtype", [(width, dtype) for width in (40, 80, 160, 512)            # Stable Diffusion 1's heads, the VAE's
+                                          for dtype in (torch.float32, torch.bfloat16, torch.float16)])
+def test_logits_are_never_all_in_memory(width, dtype):
+    """No result is as large as the 1024 x 1024 logits of a head."""
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in (out if isinstance(out, tuple) else [out]) if torch.is_tensor(x))
+            return out
+
+    if width == 512:
+        layer, x = AttnBlock(width, 32).to(dtype), torch.zeros(1, width, 32, 32, dtype=dtype)
+    else:
+        layer, x = CrossAttention(2 * width, heads=2).to(dtype), torch.zeros(1, 1024, 2 * width, dtype=dtype)
+    with torch.no_grad(), Sizes():
+        layer(x)
+    assert max(sizes) < 1024 * 1024
 
 
 @pytest.mark.parametrize("quick_gelu, skip_last", [(True, 0), (False, 1)], ids=["SD1", "SD2"])

@@ -2,11 +2,14 @@
 computes nothing, but like one it refuses to combine its tensors with the CPU's (though not to index them with its own)."""
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ip2p import InstructPix2Pix
 from ip2p.checkpoint import Parts
 from ip2p.guidance import instruct_denoiser
 from ip2p.prompt_to_prompt import LocalBlend, prompt_to_prompt, share_self_attention
+from ip2p.samplers import SAMPLERS
 from ip2p.stages import diffusion_loss
 from ip2p.text import TextConfig, TextEncoder
 from ip2p.unet import UNet, UNetConfig
@@ -33,6 +36,31 @@ def test_an_edit(sampler, eta, parameterization):
                                 model.read_text)
     z = model._sample(denoise, latents.shape, 4, sampler, [1, 2], None, eta, False)
     assert model.decode(z).device.type == "meta"
+
+
+class Crossings(TorchDispatchMode):
+    """Counts the operations that see tensors of the CPU beside, or in place of, the model's."""
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.count += any(x.device.type == "cpu" for x in tree_leaves((args, kwargs, out)) if torch.is_tensor(x))
+        return out
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler-ancestral"])
+def test_steps_need_nothing_of_the_cpu(sampler):
+    """On a GPU it would have to wait for it, and could not record the step as a graph. What is moved, before and after, does not
+    grow with the steps; noise would, so it is drawn on the device here."""
+    model, counts = model_on_meta(8), []
+    latents = torch.empty(2, 4, 8, 8, device="meta")
+    contexts = [model.encode_text(PROMPTS[:2]), model.encode_text(["", ""])]
+    for steps in (2, 4):
+        with Crossings() as crossings:
+            denoise = instruct_denoiser(model.predict, *contexts, latents, 3.0, 1.5, model.read_text)
+            SAMPLERS[sampler](denoise, latents, steps, model.alphas_cumprod, float(sampler != "ddim"), torch.empty_like)
+        counts.append(crossings.count)
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler-ancestral"])

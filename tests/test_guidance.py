@@ -38,6 +38,8 @@ def test_dual_guidance_is_equation_3_in_as_few_evaluations(s_T, s_I, evaluations
     eps = instruct_denoiser(predict, context, null_context, image_latents, s_T, s_I)(x_t, t)
     assert predict.evaluations == [evaluations]
     assert torch.allclose(eps, equation_3(s_T, s_I), atol=1e-5)
+    apart = instruct_denoiser(predict, context, null_context, image_latents, s_T, s_I, one_by_one=True)(x_t, t)
+    assert predict.evaluations[1:] == [1] * evaluations and torch.allclose(apart, eps, atol=1e-5)
 
 
 def test_scales_of_one_are_the_plain_model():

@@ -193,6 +193,11 @@ def test_several_images_have_several_seeds(cli):
     assert np.abs(pixels(many.files[0]) - pixels(many.files[2])).max() > 20
 
 
+def test_low_memory_makes_the_same_picture(cli):
+    plain, sparing = cli(), cli("--low-memory")
+    assert np.abs(pixels(plain.files[0]) - pixels(sparing.files[0])).max() <= 1          # rounding
+
+
 @pytest.mark.parametrize("suffix, format", [(".png", "PNG"), (".jpg", "JPEG"), (".JPEG", "JPEG"), (".webp", "WEBP")])
 def test_output_file(cli, tmp_path, suffix, format):
     target = tmp_path / "new" / "folder" / f"night{suffix}"
