@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .bench_programs import (DTYPES, WEIGHTS, MaterializedRun, draw_with, edit_by_diffusers, edit_by_ip2p, open_model,
+from .bench_programs import (DTYPES, WEIGHTS, MaterializedRun, draw_with, edit_by_diffusers, edit_by_ip2p, export,
                              train_by_diffusers, train_by_ip2p)
 from .prompt_to_prompt import ControlledRun
 from .sides import Side, side_by_side, take_turns
@@ -39,11 +39,9 @@ from .tables import decimal, print_table
 def exported(args):
     """(folder, side of its pictures): the editor as a diffusers folder, which both programs open."""
     with tempfile.TemporaryDirectory() as folder:
-        model = open_model(args)
-        model.save(folder, "diffusers")
-        side = model.parts.image_size
-        del model
-        yield folder, side
+        with side_by_side(args.device, export=(export, args, folder)) as sides:
+            _, _, own_size = sides["export"]()
+        yield folder, own_size
 
 
 def machine(args):

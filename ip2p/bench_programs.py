@@ -42,6 +42,13 @@ def open_model(args, editor=True):
     return InstructPix2Pix(Parts(*parts, "eps", 512, {}))
 
 
+def export(args, folder):
+    """Writes the editor as a diffusers folder. The function returned gives the side of its pictures."""
+    model = open_model(args)
+    model.save(folder, "diffusers")
+    return lambda: model.parts.image_size
+
+
 # ---- edits
 
 @lru_cache(1)
