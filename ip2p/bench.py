@@ -97,11 +97,12 @@ def bench_growth(args):
         values = dict(pictures=args.batch_size, steps=args.steps, size=sizes)
         base = {name: found[0] for name, found in values.items()} | dict(cfg_text=args.cfg_text, cfg_image=args.cfg_image[0])
         program = edit_by_ip2p, folder, args.device, args.dtype
-        with side_by_side(args.device, ip2p=program) as sides:
-            for name, value in ((name, value) for name, found in values.items() for value in sorted(set(found))):
-                now = base | {name: value}
-                timed = take_turns(sides, args.repeats, **now)["ip2p"]
-                rows.append([name, value, timed.seconds, now["pictures"], timed.peak])
+        for name, found in values.items():
+            with side_by_side(args.device, ip2p=program) as sides:         # a new one: a CPU's keeps memory of earlier calls
+                for value in sorted(set(found)):
+                    now = base | {name: value}
+                    timed = take_turns(sides, args.repeats, **now)["ip2p"]
+                    rows.append([name, value, timed.seconds, now["pictures"], timed.peak])
         for count in sorted(set(args.workers)):
             rows.append(["processes", count, share_out(program, args, base, count), max(args.workers), None])
     for name in dict.fromkeys(row[0] for row in rows):
