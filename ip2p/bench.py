@@ -1,139 +1,252 @@
-"""How fast, side by side in one run: medians over repeats that take turns, and the largest difference of the results.
+"""How fast: medians of repeats that take turns, each program in a process of its own, and how far their results differ.
 
-    python -m ip2p.bench edit --full-size                   # an edit, against diffusers' pipeline with the same weights
+    python -m ip2p.bench edit                               # whole edits, against diffusers' pipeline with the same weights
+    python -m ip2p.bench edit --full-size --dtype bf16 --compile
+    python -m ip2p.bench growth                             # an edit against pictures, steps, size and processes
+    python -m ip2p.bench train --batch-size 16              # optimiser steps, against those of diffusers' training script
     python -m ip2p.bench pairs                              # drawing pairs, against attention maps written out
-    python -m ip2p.bench pairs --full-size --size 256 --batch-size 1 --steps 1
+    python -m ip2p.bench start                              # from the command line to the first picture
+
+Each ends with a Markdown table. Of options that take several values, `edit` measures all combinations, `growth` changes one
+at a time, the others at their first, and the rest take the first. --full-size is Stable Diffusion 1.5 with random weights:
+nothing is downloaded. `edit` and `train` need diffusers: pip install -e ".[bench]". Memory is in GB of 1e9 bytes: on a GPU
+what torch allocated at most; on a CPU the most that a process had in memory, libraries and mapped weights included (Linux).
 """
 import argparse
+import importlib.util
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from functools import partial
+from contextlib import contextmanager
+from importlib.metadata import version
+from itertools import product
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import torch
-from PIL import Image
 
-from . import pipeline
-from .checkpoint import Parts
-from .pipeline import InstructPix2Pix
+from .bench_programs import (DTYPES, WEIGHTS, MaterializedRun, draw_with, edit_by_diffusers, edit_by_ip2p, export,
+                             train_by_diffusers, train_by_ip2p)
 from .prompt_to_prompt import ControlledRun
-from .text import TextEncoder, import_open_clip
-from .unet import UNet, UNetConfig
-from .vae import AutoencoderKL
-
-WEIGHTS = Path(__file__).parent.parent / "weights"
+from .sides import Side, side_by_side, take_turns
+from .tables import decimal, print_table
 
 
-class MaterializedRun(ControlledRun):
-    """The same controls as published code has them: on the attention maps, which are all in memory."""
-
-    def __call__(self, q, k, v, heads, is_cross):
-        q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))       # (B, heads, tokens, C / heads)
-        maps = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)                                # (B, heads, pixels, tokens)
-        if not is_cross and self.shares_self and q.shape[2] <= self.most_pixels:
-            maps = maps[self.self_rows]
-        if is_cross and self.crossing is not None:
-            rows, source, from_source, own = self.crossing
-            borrowed = maps[source] @ from_source.to(maps.dtype)[:, None]
-            maps = (maps * own.to(maps.dtype)[:, None].mT).index_add(0, rows, borrowed)
-        return (maps @ v).transpose(1, 2).flatten(2)
+@contextmanager
+def exported(args):
+    """(folder, side of its pictures): the editor as a diffusers folder, which both programs open."""
+    with tempfile.TemporaryDirectory() as folder:
+        with side_by_side(args.device, export=(export, args, folder)) as sides:
+            _, _, own_size = sides["export"]()
+        yield folder, own_size
 
 
-def open_model(args, editor):
-    """The shipped model, or one of Stable Diffusion 1.5's size with random weights."""
-    dtype = dict(fp32=torch.float32, bf16=torch.bfloat16)[args.dtype]
-    if not args.full_size:
-        return InstructPix2Pix.load(args.model or WEIGHTS / f"mini-{'ip2p' if editor else 'sd'}.safetensors", args.device, dtype)
-    torch.manual_seed(0)
-    with torch.device(args.device):
-        parts = UNet(UNetConfig(in_channels=8 if editor else 4)), AutoencoderKL(), TextEncoder()
-    return InstructPix2Pix(Parts(*(part.eval().requires_grad_(False).to(dtype) for part in parts), "eps", 512, {}))
+def machine(args):
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    where = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{cores} CPU cores"
+    others = [f"{name} {version(name)}" for name in ("torch", "diffusers") if importlib.util.find_spec(name)]
+    model = "Stable Diffusion 1.5's size" if args.full_size else Path(args.model or "the shipped model").name
+    return f"{model}, {args.dtype}, {where}, {torch.get_num_threads()} threads, {', '.join(others)}, {args.repeats} repeats"
 
 
-def take_turns(runs, repeats):
-    """({name: median seconds}, {name: result}) of functions that return when their result is on the CPU. The first round
-    warms up and is not counted."""
-    times, results = {name: [] for name in runs}, {}
-    for repeat in range(repeats + 1):
-        for name, run in runs.items():
-            began = time.perf_counter()
-            results[name] = run()
-            if repeat:
-                times[name].append(time.perf_counter() - began)
-    return {name: statistics.median(t) for name, t in times.items()}, results
+def gigabytes(peak):
+    return "not measured" if peak is None else decimal(peak / 1e9, 2)
 
+
+# ---- edits, against diffusers
 
 def bench_edit(args):
-    """Seconds of whole edits, from picture to picture, by `InstructPix2Pix.edit` and by diffusers' pipeline."""
-    import_open_clip()                                                     # before diffusers: see its docstring
-    import diffusers
-    model = open_model(args, editor=True)
-    with tempfile.TemporaryDirectory() as folder:
-        model.save(folder, "diffusers")
-        theirs = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(folder, torch_dtype=model.dtype).to(args.device)
-    theirs.set_progress_bar_config(disable=True)
-    B, side = args.batch_size, args.size or model.parts.image_size
-    rng = np.random.default_rng(0)
-    pictures = [Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(B)]
-    x_T = torch.randn(B, model.vae.config.z_channels, *[side // model.vae.config.downsampling] * 2)
-    prompts = ["make it night"] * B
+    """Whole edits, from picture to picture, by programs that have the same weights, noise, steps and precision."""
+    print(machine(args), flush=True)
+    with exported(args) as (folder, own_size):
+        common = folder, args.device, args.dtype
+        programs = {"ip2p": (edit_by_ip2p, *common), "diffusers": (edit_by_diffusers, *common)}
+        if args.compile:
+            programs |= {f"{name}, compiled": (*program, True) for name, program in programs.items()}
+        rows = []
+        with side_by_side(args.device, **programs) as sides:
+            for B, size, steps, scale in product(args.batch_size, args.size or [own_size], args.steps, args.cfg_image):
+                timed = take_turns(sides, args.repeats, pictures=B, size=size, steps=steps, cfg_text=args.cfg_text,
+                                   cfg_image=scale)
+                for name, t in timed.items():
+                    rows.append([f"{B} x {size} x {size}, {steps} steps, guidance {args.cfg_text:g} and {scale:g}", name,
+                                 decimal(t.seconds, 3), decimal(B / t.seconds, 3), decimal(t.first, 1), gigabytes(t.peak),
+                                 decimal(timed["diffusers"].seconds / t.seconds, 2),
+                                 differences(t.results[-1], timed["diffusers"].results[-1])])
+                    print(*rows[-1], sep="  ", flush=True)
+    print_table(["edit", "by", "s", "edits/s", "first, s", "GB", "x diffusers", "differs by at most (mean), of 255"], rows)
 
-    def ours():
-        edited = model.edit(pictures, prompts, steps=args.steps, cfg_text=args.cfg_text, cfg_image=args.cfg_image, size=side,
-                            x_T=x_T, progress=False)
-        return np.stack(edited)
 
-    def diffusers_own():
-        edited = theirs(prompts, pictures, num_inference_steps=args.steps, guidance_scale=args.cfg_text,
-                        image_guidance_scale=args.cfg_image, latents=x_T.to(args.device, model.dtype), output_type="pil").images
-        return np.stack(edited)
+def differences(a, b):
+    """Largest and mean absolute difference of two arrays of pixels."""
+    apart = np.abs(a.astype(int) - b.astype(int))
+    return f"{apart.max()} ({apart.mean():.3f})"
 
-    print(f"{B} x {side} x {side} pixels, {args.steps} steps, guidance {args.cfg_text:g} and {args.cfg_image:g}, {args.dtype}, "
-          f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, diffusers {diffusers.__version__}")
-    seconds, pictures_out = take_turns({"ip2p": ours, "diffusers": diffusers_own}, args.repeats)
-    difference = np.abs(pictures_out["ip2p"].astype(int) - pictures_out["diffusers"].astype(int)).max()
-    print(f"ip2p {seconds['ip2p']:.3f} s, diffusers {seconds['diffusers']:.3f} s, ratio {seconds['diffusers'] / seconds['ip2p']:.2f}, "
-          f"largest difference {difference} of 255", flush=True)
 
+# ---- how the cost of an edit grows
+
+def bench_growth(args):
+    """Seconds of an edit against one quantity at a time, with the exponent p of seconds ~ quantity ** p by least squares."""
+    print(machine(args), flush=True)
+    rows, laws = [], []
+    with exported(args) as (folder, own_size):
+        sizes = args.size or [own_size, own_size // 2, own_size * 3 // 2, own_size * 2]
+        values = dict(pictures=args.batch_size, steps=args.steps, size=sizes)
+        base = {name: found[0] for name, found in values.items()} | dict(cfg_text=args.cfg_text, cfg_image=args.cfg_image[0])
+        program = edit_by_ip2p, folder, args.device, args.dtype
+        for name, found in values.items():
+            with side_by_side(args.device, ip2p=program) as sides:         # a new one: a CPU's keeps memory of earlier calls
+                for value in sorted(set(found)):
+                    now = base | {name: value}
+                    timed = take_turns(sides, args.repeats, **now)["ip2p"]
+                    rows.append([name, value, timed.seconds, now["pictures"], timed.peak])
+        for count in sorted(set(args.workers)):
+            rows.append(["processes", count, share_out(program, args, base, count), max(args.workers), None])
+    for name in dict.fromkeys(row[0] for row in rows):
+        _, value, seconds, _, peak = zip(*(row for row in rows if row[0] == name))
+        more = slope(value, [p and p / 1e9 for p in peak], 3) if name == "pictures" else ""
+        laws.append([name, str(value[0]), str(value[-1]), slope(np.log(value), np.log(seconds).tolist(), 2), more])
+    print_table(["", "s", "edits/s", "GB"],
+                [[f"{name} {value}", decimal(seconds, 3), decimal(edits / seconds, 3), gigabytes(peak)]
+                 for name, value, seconds, edits, peak in rows])
+    print_table(["seconds against", "from", "to", "exponent", "GB for each more"], laws)
+    print(f"\nWhat does not grow: {base['pictures']} picture of {base['size']}, {base['steps']} steps. Processes share out "
+          f"{max(args.workers)} such edits, and the threads.")
+
+
+def share_out(program, args, settings, count):
+    """Median seconds in which `count` processes at once make max(args.workers) edits."""
+    make, *given = program
+    sides = [Side(make, *given, device=args.device, threads=max(1, torch.get_num_threads() // count)) for _ in range(count)]
+    times = []
+    for _ in range(args.repeats + 1):
+        began = time.perf_counter()
+        for start in range(0, max(args.workers), count):
+            busy = sides[:max(args.workers) - start]
+            for side in busy:
+                side.begin(**settings)
+            for side in busy:
+                side.finish()
+        times.append(time.perf_counter() - began)
+    for side in sides:
+        side.end()
+    return statistics.median(times[1:])
+
+
+def slope(x, y, digits):
+    """Of the straight line through points by least squares; "" for a single one, or where something was not measured."""
+    return decimal(np.polyfit(x, y, 1)[0], digits) if len(x) > 1 and None not in y else ""
+
+
+# ---- pairs, against attention maps written out
 
 def bench_pairs(args):
     """Pairs a second of `draw_pairs`, controlled on the values and on the maps; decoding is in both."""
-    model = open_model(args, editor=False)
-    B = args.batch_size
-    texts = ["a red car in a city"] * B, ["a red car in a city at night"] * B
+    print(machine(args), flush=True)
+    rows, B = [], args.batch_size[0]
+    programs = dict(values=(draw_with, ControlledRun, args), maps=(draw_with, MaterializedRun, args))
+    with side_by_side(args.device, **programs) as sides:
+        for control in ("self-attention", "cross-attention"):
+            timed = take_turns(sides, args.repeats, control=control)
+            values, maps = timed["values"], timed["maps"]
+            size = values.results[0].shape[-1]
+            rows.append([f"{B} x {size} x {size}, {args.steps[0]} steps, {control}", decimal(B / values.seconds, 3),
+                         decimal(B / maps.seconds, 3), decimal(maps.seconds / values.seconds, 2), gigabytes(values.peak),
+                         gigabytes(maps.peak), f"{np.abs(values.results[-1] - maps.results[-1]).max():.1e}"])
+    print_table(["pairs/s", "on the values", "maps written out", "ratio", "GB", "GB, maps", "differ by at most, of 2"], rows)
 
-    def draw(run, control):
-        with patch.object(pipeline, "ControlledRun", run):
-            return torch.cat(model.draw_pairs(*texts, list(range(B)), [0.5] * B, [3.0] * B, steps=args.steps, control=control,
-                                              size=args.size))
 
-    print(f"{B} pairs of {args.size or model.parts.image_size} pixels, {args.steps} steps, {args.dtype}, {args.device}, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    for control in ("self-attention", "cross-attention"):
-        runs = {run: partial(draw, run, control) for run in (ControlledRun, MaterializedRun)}
-        seconds, results = take_turns(runs, args.repeats)
-        values, maps = (B / seconds[run] for run in runs)
-        print(f"{control:16} values {values:.3f} pairs/s, maps {maps:.3f} pairs/s, ratio {values / maps:.2f}, "
-              f"largest difference {(results[ControlledRun] - results[MaterializedRun]).abs().max():.1e} of 2", flush=True)
+# ---- training
+
+def bench_train(args):
+    """Optimiser steps on the same pairs, noise and timesteps, each program with the averaged weights and AdamW's state."""
+    print(machine(args), flush=True)
+    with exported(argparse.Namespace(**vars(args) | dict(dtype="fp32"))) as (folder, own_size):
+        told = argparse.Namespace(device=args.device, dtype=args.dtype, batch_size=args.batch_size[0],
+                                  size=(args.size or [own_size])[0], checkpointing=args.checkpointing, compile=args.compile)
+        programs = {"ip2p, cached latents and text": (train_by_ip2p, folder, told, True),
+                    "ip2p": (train_by_ip2p, folder, told, False), "diffusers": (train_by_diffusers, folder, told)}
+        with side_by_side(args.device, **programs) as sides:
+            timed = take_turns(sides, args.repeats)
+    theirs, B = timed["diffusers"], told.batch_size
+    rows = [[f"{B} x {told.size} x {told.size}" + " checkpointed" * args.checkpointing, name, decimal(B / t.seconds, 3),
+             gigabytes(t.peak), decimal(theirs.seconds / t.seconds, 2), f"{t.results[0]:.5f}, {t.results[-1]:.5f}",
+             f"{max(abs(a / b - 1) for a, b in zip(t.results, theirs.results)):.1e}"] for name, t in timed.items()]
+    print_table(["step", "by", "examples/s", "GB", "x diffusers", "loss, first and last", "differs by at most, relative"],
+                rows)
+
+
+# ---- from the command line to the first picture
+
+def bench_start(args):
+    """Seconds of whole processes, from files that are in the system's cache."""
+    print(machine(args), flush=True)
+    model = str(args.model or WEIGHTS / "mini-ip2p.safetensors")
+    sample = [sys.executable, "sample.py", "--model", model, "--image", "ip2p/assets/examples/fox.png", "--prompt",
+              "make it night", "--device", args.device, "--dtype", args.dtype]
+    with tempfile.TemporaryDirectory() as folder:
+        commands = {"import torch": [sys.executable, "-c", "import torch"],
+                    "import what sample.py needs": [sys.executable, "-c", "import tqdm, ip2p.grid, ip2p.pipeline"]}
+        theirs = [sys.executable, "-c", "from diffusers import StableDiffusionInstructPix2PixPipeline"]
+        if not subprocess.run(theirs, capture_output=True).returncode:
+            commands["import diffusers' pipeline"] = theirs
+        commands |= {f"sample.py --steps {n}": [*sample, "--output", f"{folder}/{n}.png", "--steps", str(n)]
+                     for n in (1, *args.steps)}
+        times = {name: [] for name in commands}
+        for _ in range(args.repeats + 1):
+            for name, command in commands.items():
+                began = time.perf_counter()
+                subprocess.run(command, cwd=WEIGHTS.parent, check=True, capture_output=True)
+                times[name].append(time.perf_counter() - began)
+    times = {name: statistics.median(found[1:]) for name, found in times.items()}
+    with side_by_side(args.device, ip2p=(edit_by_ip2p, model, args.device, args.dtype)) as sides:
+        settings = dict(pictures=1, size=None, steps=1, cfg_text=args.cfg_text, cfg_image=args.cfg_image[0])
+        own = take_turns(sides, args.repeats, **settings)["ip2p"].seconds
+    rows = [[name, decimal(seconds, 2), decimal(seconds / times["import torch"], 2)] for name, seconds in times.items()]
+    for name, seconds in (("that edit alone, in a process that has made one", own),
+                          ("sample.py --steps 1 without it", times["sample.py --steps 1"] - own)):
+        rows.append([name, decimal(seconds, 2), decimal(seconds / times["import torch"], 2)])
+    print_table(["", "s", "x import torch"], rows)
+
+
+# ---- what the command does
+
+KINDS = {"edit": (bench_edit, [1], [20]), "growth": (bench_growth, [1, 2, 4, 8, 16, 32], [5, 10, 20, 40]),
+         "train": (bench_train, [16], [0]), "pairs": (bench_pairs, [8], [10]), "start": (bench_start, [1], [20])}
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(prog="python -m ip2p.bench", description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = p.add_argument
+    flag("what", choices=KINDS, help="what to measure")
+    flag("--model", help="a checkpoint (default: weights/mini-ip2p.safetensors; pairs: mini-sd.safetensors)")
+    flag("--full-size", action="store_true", help="Stable Diffusion 1.5 with random weights instead (default: off)")
+    flag("--size", type=int, nargs="+", help="side of the pictures (default: the model's own; growth: others too)")
+    flag("--batch-size", type=int, nargs="+",
+         help="pictures, pairs or examples at a time (default: 1; train 16, pairs 8, growth 1 2 4 8 16 32)")
+    flag("--steps", type=int, nargs="+", help="of the sampler (default: 20; pairs 10; growth 5 10 20 40)")
+    flag("--cfg-text", type=float, default=7.5, help="default: %(default)s")
+    flag("--cfg-image", type=float, nargs="+", default=[1.5, 1.0],
+         help="edit: 1 saves one of three evaluations (default: 1.5 1)")
+    flag("--workers", type=int, nargs="+", default=[1, 2, 4], help="growth: processes that share out edits (default: 1 2 4)")
+    flag("--checkpointing", action="store_true",
+         help="train: compute the UNet's blocks again for their gradients (default: off)")
+    flag("--compile", action="store_true", help="edit: with torch.compile too; train: with it only (default: off)")
+    flag("--repeats", type=int, default=7, help="calls of each that count, after one that does not (default: %(default)s)")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    flag("--dtype", choices=DTYPES, default="fp32",
+         help="of weights and arithmetic; train: of the arithmetic, on float32 weights (default: %(default)s)")
+    args = p.parse_args(argv)
+    if args.repeats < 1:
+        p.error(f"--repeats must be at least 1, got {args.repeats}")
+    bench, batch_size, steps = KINDS[args.what]
+    args.batch_size, args.steps = args.batch_size or batch_size, args.steps or steps
+    bench(args)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m ip2p.bench", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["edit", "pairs"], help="what to measure")
-    parser.add_argument("--model", help="a checkpoint (default: weights/mini-ip2p.safetensors or mini-sd.safetensors)")
-    parser.add_argument("--full-size", action="store_true", help="Stable Diffusion 1.5 with random weights instead (default: off)")
-    parser.add_argument("--size", type=int, help="side of the pictures (default: the model's own)")
-    parser.add_argument("--batch-size", type=int, help="edits or pairs at a time (default: 1 or 8)")
-    parser.add_argument("--steps", type=int, help="of the sampler (default: 20 or 10)")
-    parser.add_argument("--cfg-text", type=float, default=7.5, help="edit: default: %(default)s")
-    parser.add_argument("--cfg-image", type=float, default=1.5, help="edit: default: %(default)s")
-    parser.add_argument("--repeats", type=int, default=7, help="timed runs of each (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s")
-    args = parser.parse_args()
-    args.batch_size, args.steps = args.batch_size or dict(edit=1, pairs=8)[args.what], args.steps or dict(edit=20, pairs=10)[args.what]
-    dict(edit=bench_edit, pairs=bench_pairs)[args.what](args)
+    main()

@@ -1,32 +1,48 @@
-"""What is timed side by side does the same."""
-from pathlib import Path
+"""What is timed side by side does the same, and a table says so when it does not."""
+import math
+import re
+from contextlib import contextmanager
 from types import SimpleNamespace
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 
-from ip2p import InstructPix2Pix, bench, pipeline
+from ip2p import InstructPix2Pix, bench, bench_programs, pipeline
 from ip2p.checkpoint import Parts
+from ip2p.sides import side_by_side, take_turns
 from ip2p.text import TextConfig, TextEncoder
 from ip2p.unet import UNet, UNetConfig
 from ip2p.vae import AutoencoderKL, VAEConfig
 
+def tiny_model(in_channels, seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        parts = (UNet(UNetConfig(in_channels, model_channels=32, channel_mult=(1, 2), num_res_blocks=1,
+                                 attention_levels=(True, True), context_dim=32, num_heads=2, norm_groups=8)),
+                 AutoencoderKL(VAEConfig(channels=8, channel_mult=(1, 2, 2), num_res_blocks=1, norm_groups=4)),
+                 TextEncoder(TextConfig(vocab_size=514 + 200, context_length=16, width=32, layers=2, heads=2)))
+    return InstructPix2Pix(Parts(*(part.eval().requires_grad_(False) for part in parts), "eps", 32, {}))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A diffusers folder of a tiny editor, and one of another."""
+    found = [tmp_path_factory.mktemp("bench") / name for name in ("one", "other")]
+    for seed, folder in enumerate(found):
+        tiny_model(8, seed).save(folder, "diffusers")
+    return found
+
 
 @pytest.mark.parametrize("control", ["self-attention", "cross-attention"])
 def test_maps_and_values_draw_the_same_pairs(control):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        parts = (UNet(UNetConfig(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_levels=(True, True),
-                                 context_dim=32, num_heads=2, norm_groups=8)),
-                 AutoencoderKL(VAEConfig(channels=8, channel_mult=(1, 2, 2), num_res_blocks=1, norm_groups=4)),
-                 TextEncoder(TextConfig(vocab_size=514 + 200, context_length=16, width=32, layers=2, heads=2)))
-    model = InstructPix2Pix(Parts(*(part.eval().requires_grad_(False) for part in parts), "eps", 32, {}))
-    draw = lambda: torch.cat(model.draw_pairs(["a fox", "a car"], ["a red fox", "a car at night"], [1, 2], [0.5, 0.9], [3.0, 5.0],
-                                              steps=4, control=control))
+    model = tiny_model(4)
+    captions, edited = ["a fox", "a car"], ["a red fox", "a car at night"]
+    draw = lambda: torch.cat(model.draw_pairs(captions, edited, [1, 2], [0.5, 0.9], [3.0, 5.0], steps=4, control=control))
     values, calls = draw(), []
 
-    class Counted(bench.MaterializedRun):
+    class Counted(bench_programs.MaterializedRun):
         def __call__(self, *args):
             calls.append(args[-1])
             return super().__call__(*args)
@@ -36,9 +52,69 @@ def test_maps_and_values_draw_the_same_pairs(control):
     assert (values - maps).abs().max() < 1e-4 and set(calls) == {True, False}
 
 
-def test_bench_prints_both_rates(capsys):
-    weights = Path(__file__).parent.parent / "weights"
-    bench.bench_pairs(SimpleNamespace(full_size=False, model=weights / "mini-sd.safetensors", device="cpu", dtype="fp32", size=64,
-                                      batch_size=1, steps=1, repeats=1))
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and all("ratio" in line and "largest difference" in line for line in lines[1:])
+def test_both_edits_are_the_same_and_other_weights_are_seen(folders):
+    pytest.importorskip("diffusers")
+    settings = dict(pictures=2, size=32, steps=3, cfg_text=5.0, cfg_image=1.5)
+    ours, theirs = (make(folders[0], "cpu", "fp32")(**settings)
+                    for make in (bench_programs.edit_by_ip2p, bench_programs.edit_by_diffusers))
+    other = bench_programs.edit_by_ip2p(folders[1], "cpu", "fp32")(**settings)
+    largest = [int(bench.differences(edited, theirs).split()[0]) for edited in (ours, other)]
+    assert ours.shape == (2, 32, 32, 3) and largest[0] <= 1 and largest[1] > 20     # one: rounding to bytes
+
+
+def test_both_trainings_are_the_same_and_other_weights_are_seen(folders):
+    """Losses of five steps, each of which depends on the updates before it: float32's rounding apart, and half precision's
+    (2 ** -11, the spacing of its numbers) where latents and text are cached in it."""
+    pytest.importorskip("diffusers")
+    told = SimpleNamespace(device="cpu", dtype="fp32", batch_size=8, size=32, checkpointing=True, compile=False)
+    theirs = bench_programs.train_by_diffusers(folders[0], told)
+    losses = np.array([theirs() for _ in range(5)])
+    for folder, cached, least, most in ((folders[0], False, 0, 1e-5), (folders[0], True, 0, 2 ** -11),
+                                        (folders[1], False, 1e-2, 1)):
+        step = bench_programs.train_by_ip2p(folder, told, cached)
+        apart = np.abs(np.array([step() for _ in range(5)]) / losses - 1).max()
+        assert least <= apart < most, (folder.name, cached, apart)
+
+
+def allocating():
+    def run(megabytes):
+        return len(np.ones(megabytes << 17))                   # 8 bytes each
+    return run
+
+
+def test_memory_is_of_the_call_not_of_those_before():
+    with side_by_side("cpu", one=(allocating,)) as sides:
+        peaks = [take_turns(sides, 1, megabytes=m)["one"].peak for m in (0, 256, 0)]
+    if peaks[0] is None:
+        pytest.skip("needs Linux")
+    before, during, after = (peak / 2 ** 20 for peak in peaks)
+    assert abs(during - before - 256) < 16 and abs(after - before) < 16          # in MiB; the allocator keeps a little
+
+
+@contextmanager
+def in_this_process(device, **programs):
+    """Stands in for `side_by_side`, without the time that new processes take to start."""
+    def side(make, *args):
+        run = make(*args)
+        return lambda **settings: (len(programs), 1e9, run(**settings))
+    yield {name: side(*program) for name, program in programs.items()}
+
+
+@pytest.mark.parametrize("kind, flags, rows", [
+    ("edit", ["--cfg-image", "1.5", "1", "--compile"], 8), ("train", ["--dtype", "bf16"], 3), ("pairs", [], 2),
+    ("growth", ["--steps", "1", "4", "--workers", "1"], 5 + 4), ("start", [], 5)])
+def test_every_kind_ends_with_its_table(kind, flags, rows, folders, tmp_path, capsys, monkeypatch):
+    if kind in ("edit", "train"):
+        pytest.importorskip("diffusers")
+    if kind == "pairs":
+        tiny_model(4).save(tmp_path / "model", "diffusers")
+    monkeypatch.setattr(bench, "side_by_side", in_this_process)
+    monkeypatch.setattr(torch, "compile", lambda program, **_: program)
+    model = tmp_path / "model" if kind == "pairs" else folders[0]
+    bench.main([kind, "--model", str(model), "--batch-size", "2", "--size", "32", "--steps", "1", "--repeats", "1",
+                "--device", "cpu", *flags])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and "--:" not in line]
+    lines = [line for line in lines if "import diffusers" not in line]         # only where that can be imported by itself
+    assert len(lines) == rows + (2 if kind == "growth" else 1)
+    numbers = [float(n) for line in lines for n in re.findall(r"(?<=\| )(?:-?[\d.]+(?:e-\d+)?|nan|inf)(?= )", line)]
+    assert len(numbers) >= 2 * rows and all(map(math.isfinite, numbers))
