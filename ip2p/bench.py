@@ -245,8 +245,15 @@ def main(argv=None):
         p.error(f"--repeats must be at least 1, got {args.repeats}")
     bench, batch_size, steps = KINDS[args.what]
     args.batch_size, args.steps = args.batch_size or batch_size, args.steps or steps
-    bench(args)
+    try:
+        bench(args)
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"ip2p.bench: {' '.join(str(error).split())}", file=sys.stderr)
+    except ImportError as error:
+        print(f'ip2p.bench: {error}; pip install -e ".[bench]"', file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

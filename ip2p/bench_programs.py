@@ -20,10 +20,10 @@ from .checkpoint import Parts
 from .guidance import dropout_masks
 from .pipeline import InstructPix2Pix
 from .prompt_to_prompt import ControlledRun
-from .stages import diffusion_loss, draw_timesteps, encode, to_device
+from .stages import diffusion_loss, draw_timesteps, encode, recompute_stages, to_device
 from .text import TextEncoder, import_open_clip
 from .training import EMA, make_optimizers, seeded
-from .unet import Stage, UNet, UNetConfig
+from .unet import UNet, UNetConfig
 from .vae import AutoencoderKL
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
@@ -155,9 +155,7 @@ def train_by_ip2p(folder, args, cached):
     model = InstructPix2Pix.load(folder, args.device)
     layout = torch.channels_last if gpu else torch.contiguous_format
     unet, vae, text = model.unet.to(memory_format=layout).requires_grad_(True).train(), model.vae, model.text
-    for block in unet.modules():
-        if isinstance(block, Stage):
-            block.recompute = args.checkpointing
+    recompute_stages(unet, args.checkpointing)
     predict = torch.compile(unet) if args.compile else unet
     optimizer, = make_optimizers(unet, "adamw", LR)
     ema, weights = EMA(unet), list(unet.parameters())

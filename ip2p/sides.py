@@ -35,11 +35,14 @@ class Side:
         self.pipe.send(settings)
 
     def finish(self):
-        """(seconds, peak bytes, result) of the call begun."""
+        """(seconds, peak bytes, result) of the call begun. Raises what the program raised that its user can put right."""
         try:
-            return self.pipe.recv()
+            answer = self.pipe.recv()
         except EOFError:
             raise SystemExit("one of the programs failed: see above") from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     def end(self):
         self.pipe.close()
@@ -52,21 +55,23 @@ class Side:
 
 
 def _serve(pipe, make, args, device, threads):
-    if threads:
-        torch.set_num_threads(threads)
-    run = make(*args)
-    pipe.send(None)
-    while True:
-        try:
+    try:
+        if threads:
+            torch.set_num_threads(threads)
+        run = make(*args)
+        pipe.send(None)
+        while True:
             settings = pipe.recv()
-        except EOFError:                                       # whoever asked is gone
-            return
-        reset_peak(device)
-        began = time.perf_counter()
-        result = run(**settings)
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-        pipe.send((time.perf_counter() - began, peak_memory(device), result))
+            reset_peak(device)
+            began = time.perf_counter()
+            result = run(**settings)
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            pipe.send((time.perf_counter() - began, peak_memory(device), result))
+    except EOFError:                                           # whoever asked is gone
+        return
+    except (ValueError, OSError, ImportError) as error:
+        pipe.send(error)
 
 
 def reset_peak(device: str):

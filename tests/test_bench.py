@@ -76,6 +76,16 @@ def test_both_trainings_are_the_same_and_other_weights_are_seen(folders):
         assert least <= apart < most, (folder.name, cached, apart)
 
 
+@pytest.mark.parametrize("flags, complaint", [
+    (["--model", "nothing.safetensors"], "nothing.safetensors: no such file or folder"),
+    (["--model", "MODEL", "--steps", "0", "--repeats", "1"], "steps must be in 1..1000, got 0")])
+def test_what_cannot_work_is_one_line(flags, complaint, folders, capfd):
+    flags = [str(folders[0]) if flag == "MODEL" else flag for flag in flags]
+    assert bench.main(["growth", "--device", "cpu", *flags]) == 2
+    said = capfd.readouterr().err
+    assert said.startswith(f"ip2p.bench: {complaint}") and said.count("\n") == 1
+
+
 def allocating():
     def run(megabytes):
         return len(np.ones(megabytes << 17))                   # 8 bytes each
