@@ -14,8 +14,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) ->
     """softmax(q k^T / sqrt(C / heads)) v, head by head.
 
     q: (B, Q, C); k, v: (B, K, C). causal: no token sees those behind it. Returns (B, Q, C).
-    Uses the fused kernels, which keep logits in float32: Stable Diffusion 2.1 overflows float16 logits otherwise. Nor are the
-    logits ever all in memory: on a CPU, and on CUDA by PyTorch's source, a kernel takes every head of this project, the
+    Uses the fused kernels, which keep logits in float32: Stable Diffusion 2.1 overflows float16 logits otherwise. Nor are
+    the logits ever all in memory: on a CPU, and on CUDA by PyTorch's source, a kernel takes every head of this project, the
     autoencoder's 512 wide too, if a token's numbers lie side by side (a transposed feature map's do not). But on a
     CPU their backward in bfloat16 takes several times as long as that of plain products (0.47 of 1.67 s of a training step
     of the miniature), so training there does without.

@@ -9,10 +9,10 @@ import torch
 class CUDAGraphed:
     """function(*tensors) -> tensor on a GPU, recorded when it is called again and replayed from then on.
 
-    The first call is an ordinary one, for whatever is set up on first use. A replay reads and writes the memory it was recorded
-    with: results are valid until the next call, arguments are copied to where they were, and what else the function reads
-    must stay. It can not be recorded if it copies from or to the CPU; then, with a note, and for arguments of other shapes,
-    every call is an ordinary one.
+    The first call is an ordinary one, for whatever is set up on first use. A replay reads and writes the memory it was
+    recorded with: results are valid until the next call, arguments are copied to where they were, and what else the
+    function reads must stay. It cannot be recorded if it copies from or to the CPU; then, with a note, every call is an
+    ordinary one, as are calls with other shapes.
     """
 
     def __init__(self, function: Callable):

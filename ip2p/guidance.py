@@ -20,8 +20,9 @@ def instruct_denoiser(predict: Callable, context: Tensor, null_context: Tensor, 
     image_latents: (B, z, h, w), unscaled in InstructPix2Pix. cfg_text, cfg_image: s_T and s_I, any finite numbers, or one
     of each for every picture, (B,).
     read_text: turns the contexts of all branches, once, into what `predict` takes in their place.
-    Each step evaluates [text + image, image, nothing] in one batch, or one_by_one, in less memory. Where a branch's weight is
-    zero it is left out: s_I = 1 drops "nothing" (two evaluations), s_T = s_I drops "image" (two), and s_T = s_I = 1 leaves one.
+    Each step evaluates [text + image, image, nothing] in one batch, or one_by_one, in less memory. Where a branch's weight
+    is zero it is left out: s_I = 1 drops "nothing" (two evaluations), s_T = s_I drops "image" (two), and s_T = s_I = 1
+    leaves one.
     """
     branches = [(cfg_text, context, image_latents),                         # (weight, text, image)
                 (cfg_image - cfg_text, null_context, image_latents),

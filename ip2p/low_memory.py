@@ -1,8 +1,9 @@
 """Less memory for more time, and the same results up to rounding.
 
-An autoencoder's memory is that of its feature maps at full resolution: each has 128 MiB for a 512 x 512 picture in float32, or
-twice that, and plain code holds several. Here what lies between two of them is worked in strips of rows, for one picture after
-another. A strip is given the rows beside it, and group norm the statistics of the whole map, so there are no seams to hide.
+An autoencoder's memory is that of its feature maps at full resolution: each has 128 MiB for a 512 x 512 picture in
+float32, or twice that, and plain code holds several. Here what lies between two of them is worked in strips of rows, for
+one picture after another. A strip is given the rows beside it, and group norm the statistics of the whole map, so there
+are no seams to hide.
 Weights wait where there is room and visit the device for as long as they are used.
 """
 from contextlib import contextmanager
@@ -30,8 +31,8 @@ def visiting(part: nn.Module, device):
 
 def in_strips(layer: Callable, x: Tensor, in_place=False) -> Tensor:
     """layer(x) for a layer whose rows depend on rows at most BESIDE away, however much it enlarges or shrinks a map.
-    x: (B, C, H, W), H even where the layer halves it. What the layer's own padding does to the rows beside a strip is cut off.
-    in_place: x takes the result, of its own shape."""
+    x: (B, C, H, W), H even where the layer halves it. in_place: x takes the result, of its own shape.
+    What the layer's own padding does to the rows beside a strip is cut off."""
     H, out, above = x.shape[2], x if in_place else None, x[:, :, :0]
     for top in range(0, H, ROWS):
         bottom = min(top + ROWS, H)

@@ -88,7 +88,7 @@ class InstructPix2Pix:
             return self.text(self.tokenizer(prompts).to(self.device))
 
     def working(self, part):
-        """A context in which `part` is on the device: low memory has it there no longer."""
+        """A context in which `part` is on the device; in low memory it is there no longer than that."""
         return sparing.visiting(part, self.device) if self.low_memory else nullcontext()
 
     def read_text(self, context: Tensor) -> dict:
@@ -157,8 +157,8 @@ class InstructPix2Pix:
                     denoise = instruct_denoiser(predict, context, null, latents, *scales, self.read_text,
                                                 one_by_one=self.low_memory)
                     denoise = CUDAGraphed(denoise) if self.device.type == "cuda" else denoise
-                    z = self._sample(denoise, z.shape, steps, sampler, _seeds(seed, num_images, len(texts)), x_T, eta, progress,
-                                     **options)
+                    z = self._sample(denoise, z.shape, steps, sampler, _seeds(seed, num_images, len(texts)), x_T, eta,
+                                     progress, **options)
             pictures = to_images(self.decode(z))
             for j, i in enumerate(batch):
                 results[i] = pictures[j * num_images:(j + 1) * num_images]

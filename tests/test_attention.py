@@ -43,7 +43,7 @@ def test_attention_equals_its_formula_forward_and_backward(causal, dtype, traine
         assert all((a - b).norm() < 3 * tolerance * b.norm() for a, b in zip(ours, theirs))
 
 
-@pytest.mark.parametrize("width, dtype", [(width, dtype) for width in (40, 80, 160, 512)            # Stable Diffusion 1's heads, the VAE's
+@pytest.mark.parametrize("width, dtype", [(width, dtype) for width in (40, 80, 160, 512)      # Stable Diffusion 1's heads, the VAE's
                                           for dtype in (torch.float32, torch.bfloat16, torch.float16)])
 def test_logits_are_never_all_in_memory(width, dtype):
     """No result is as large as the 1024 x 1024 logits of a head."""

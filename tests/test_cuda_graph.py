@@ -1,4 +1,4 @@
-"""A step recorded once and replayed: by a stand-in for the graph that keeps PyTorch's calls, and on a GPU where there is one."""
+"""A step recorded once and replayed: by a stand-in for the graph, and on a GPU where there is one."""
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -80,7 +80,8 @@ def test_what_cannot_be_recorded_runs_as_usual(stand_in, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "graph", refuse)
     graphed = CUDAGraphed(torch.neg)
     assert [graphed(torch.tensor(i)).item() for i in range(4)] == [0, -1, -2, -3]
-    assert capsys.readouterr().err == "note: no CUDA graph, steps are run as usual (operation not permitted when stream is capturing)\n"
+    assert capsys.readouterr().err == ("note: no CUDA graph, steps are run as usual "
+                                       "(operation not permitted when stream is capturing)\n")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

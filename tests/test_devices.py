@@ -50,8 +50,8 @@ class Crossings(TorchDispatchMode):
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler-ancestral"])
 def test_steps_need_nothing_of_the_cpu(sampler):
-    """On a GPU it would have to wait for it, and could not record the step as a graph. What is moved, before and after, does not
-    grow with the steps; noise would, so it is drawn on the device here."""
+    """On a GPU it would have to wait for it, and could not record the step as a graph. What is moved, before and after, does
+    not grow with the steps; noise would, so it is drawn on the device here."""
     model, counts = model_on_meta(8), []
     latents = torch.empty(2, 4, 8, 8, device="meta")
     contexts = [model.encode_text(PROMPTS[:2]), model.encode_text(["", ""])]

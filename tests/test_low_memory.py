@@ -58,9 +58,9 @@ def test_strips_give_what_the_whole_picture_gives(height, width):
 
 
 def test_strips_hold_few_feature_maps():
-    """In units of the largest map, what the decoder's last Upsample gives: that one and the next block's own, of half its width,
-    against three in plain code. The encoder has two maps of half the width, against four. Strips, a sixteenth of the
-    picture each, add their share."""
+    """In units of the largest map, what the decoder's last Upsample gives: that one and the next block's own, of half its
+    width, against three in plain code. The encoder has two maps of half the width, against four. Strips, a sixteenth of
+    the picture each, add their share."""
     vae, H, W = make_parts().vae, 512, 16
     largest, z, pixels = 16 * H * W * 4, torch.zeros(1, 4, H // 4, W // 4), torch.zeros(1, 3, H, W)
     most = {}
@@ -88,7 +88,8 @@ def test_an_edit_is_the_same():
 
 
 def test_parts_visit_the_device_in_turn(monkeypatch):
-    """Each is there while it runs and alone; afterwards all have the very weights they had. The meta device stands in for a GPU."""
+    """Each is there while it runs and alone; afterwards all have the weights they had.
+    The meta device stands in for a GPU."""
     monkeypatch.setattr(pipeline, "to_images", list)
     parts, ran = make_parts(), []
     modules = {"unet": parts.unet, "vae": parts.vae, "text": parts.text}
