@@ -15,7 +15,7 @@ def instruct_denoiser(predict: Callable, context: Tensor, null_context: Tensor, 
 
     eps = e(0, 0) + s_I (e(I, 0) - e(0, 0)) + s_T (e(I, T) - e(I, 0)).
 
-    predict: (x, t, context) -> eps, with x of (N, 2 z, h, w) and t of (N,).
+    predict: (x, t, context) -> eps, with x of (N, 2 z, h, w) and t of (1,).
     context, null_context: (B, M, D), the instruction and what stands for its absence ("" or a negative prompt).
     image_latents: (B, z, h, w), unscaled in InstructPix2Pix. cfg_text, cfg_image: s_T and s_I, any finite numbers, or one
     of each for every picture, (B,).
@@ -66,7 +66,7 @@ def _weighted_denoiser(predict, branches, read_text):
         x = x_t.repeat(n, 1, 1, 1)
         if join_image:
             x = torch.cat([x, image_latents.to(x.dtype)], dim=1)
-        eps = predict(x, t.expand(x_t.shape[0]).repeat(n), context).float().chunk(n)
+        eps = predict(x, t.expand(1), context).float().chunk(n)
         return sum(w * e for w, e in zip(weights, eps))
 
     return denoise

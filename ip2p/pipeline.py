@@ -98,7 +98,7 @@ class InstructPix2Pix:
     def predict(self, x: Tensor, t: Tensor, context: Tensor | dict, control=None, condition: Tensor | None = None) -> Tensor:
         """eps of the noisy latents in x, whatever the UNet predicts.
 
-        x: (B, z or 2 z, h, w) float32, noisy latents first; t: (B,); context: (B, M, D), or what `read_text` makes of it;
+        x: (B, z or 2 z, h, w) float32, noisy latents first; t: (B,) or (1,); context: (B, M, D), or what `read_text` makes of it;
         control: see `UNet.forward`; condition: a distilled editor's, (3,) or (B, 3). Returns (B, z, h, w) float32.
         """
         context = context if isinstance(context, dict) else context.to(self.dtype)

@@ -44,6 +44,6 @@ def velocity(x0: Tensor, noise: Tensor, t: Tensor, alphas_cumprod: Tensor) -> Te
 
 
 def eps_from_v(v: Tensor, x_t: Tensor, t: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """eps = sqrt(a_t) v + sqrt(1 - a_t) x_t, float32. v, x_t: (B, z, h, w); t: (B,) timesteps, whole or not."""
+    """eps = sqrt(a_t) v + sqrt(1 - a_t) x_t, float32. v, x_t: (B, z, h, w); t: (B,) or (1,) timesteps, whole or not."""
     sigma = sigmas_at(t, alphas_cumprod)[:, None, None, None]
     return (v.float() + sigma * x_t.float()) / (1 + sigma ** 2).sqrt()

@@ -158,10 +158,10 @@ class UNet(nn.Module):
                 condition: Tensor | None = None) -> Tensor:
         """What the model predicts of the noise: eps, or v where it was trained to.
 
-        x: (B, in_channels, h, w) latents, h and w multiples of 2 ** (levels - 1); t: (B,) timesteps in 0..999, which
-        may be fractions; context: (B, M, context_dim), or what `read_text` makes of it; control: what takes the place of
-        `attend` in every attention layer; condition: (B, n) numbers in 0..1000 that a distilled editor goes by, each embedded
-        as a timestep is, in cond_dim / n features. Returns (B, out_channels, h, w).
+        x: (B, in_channels, h, w) latents, h and w multiples of 2 ** (levels - 1); t: (B,), or (1,) for all, timesteps in
+        0..999, which may be fractions; context: (B, M, context_dim), or what `read_text` makes of it; control: what takes the
+        place of `attend` in every attention layer; condition: (B, n) numbers in 0..1000 that a distilled editor goes by, each
+        embedded as a timestep is, in cond_dim / n features. Returns (B, out_channels, h, w).
         """
         dtype = self.time_embed[0].weight.dtype
         emb = timestep_embedding(t, self.config.model_channels).to(dtype)
