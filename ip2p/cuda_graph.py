@@ -19,6 +19,10 @@ class CUDAGraphed:
         self.function, self.graph, self.calls = function, None, 0
 
     def __call__(self, *inputs):
+        with torch.cuda.device(inputs[0].device):              # streams and graphs are of the current one
+            return self._call(inputs)
+
+    def _call(self, inputs):
         self.calls += 1
         if self.calls == 1:
             return self._warm_up(inputs)

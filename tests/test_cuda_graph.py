@@ -35,7 +35,7 @@ class Tape(TorchDispatchMode):
 def stand_in(monkeypatch):
     stream = SimpleNamespace(wait_stream=lambda other: None)
     for name, value in dict(CUDAGraph=Tape, graph=lambda tape: tape, Stream=lambda: stream, current_stream=lambda: stream,
-                            stream=lambda stream: nullcontext()).items():
+                            stream=lambda stream: nullcontext(), device=lambda device: nullcontext()).items():
         monkeypatch.setattr(torch.cuda, name, value)
 
 

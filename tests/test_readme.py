@@ -19,6 +19,7 @@ SMALLER = {              # the longest beginning of a command says what makes it
     "python sample.py": "--steps 2", "python train.py": f"{TRAIN} --block 4 --reuse 1",
     "python train.py --base": f"{TRAIN} --accumulate 1 --views 1 --size 64", "torchrun": f"{TRAIN} --accumulate 1 --size 64",
     "python train.py --init": f"{TRAIN} --accumulate 1 --views 1 --size 64",
+    "python train.py --stage distill --init": f"{TRAIN} --accumulate 1 --views 1 --size 64 --block 4 --reuse 1",
     "python -m ip2p.evaluate edits": "--count 20 --steps 1", "python -m ip2p.evaluate pictures": "--count 4 --steps 1",
     "python -m ip2p.evaluate curve": "--count 2 --steps 2 --cfg-image 1.5 --strengths 0.5 --shares 0.5",
     "python -m ip2p.evaluate pairs": "--count 2 --steps 2 --shares 0.5",
