@@ -311,7 +311,7 @@ def draw_own_pairs(args):
 def check(args):
     """ValueError for settings that cannot work."""
     least = dict(steps=1, batch_size=1 if args.stage in CHANGE else 2, accumulate=1, pretrain_steps=0, block=args.batch_size,
-                 reuse=1, score_examples=1, views=0, keep=1, workers=0, num_captions=1)
+                 reuse=1, score_examples=1, views=int(args.stage == "distill"), keep=1, workers=0, num_captions=1)
     for name, least in least.items():
         value = getattr(args, name)
         if value is not None and value < least:
