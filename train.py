@@ -384,7 +384,8 @@ def parse(argv=None):
     flag("--clip-norm", type=float, help=f"the gradient's norm at most, 0 for any {own}")
     flag("--ema-decay", type=float, help=f"of the averaged weights, a step {own}")
     flag("--dtype", choices=("bf16", "fp32"), help=f"of the arithmetic; weights stay float32 {own}")
-    flag("--timesteps", choices=("uniform", "logit-normal"), help=f"base, edit: how they are drawn; logit-normal: until the cool-down {own}")
+    flag("--timesteps", choices=("uniform", "logit-normal"), help="base, edit: how they are drawn; logit-normal: until the "
+         f"cool-down {own}")
     flag("--score-examples", type=int, default=512, help="held-out examples that the result is scored on; edit: pictures "
          "are drawn in full for a sixth of as many (default: %(default)s)")
     flag("--cfg-text", type=float, help=f"text guidance of sheets and scores, kept as the model's own default {own}")

@@ -1,5 +1,4 @@
 """The distilled editor: what its student learns, and that it is used with one evaluation a step."""
-import json
 from dataclasses import replace
 from functools import partial
 
@@ -160,7 +159,8 @@ def test_a_student_learns_to_land():
     landings = [(first, first + reach) for reach in (1, 2, 4, 8) for first in range(0, TEACHER_STEPS, reach)]
 
     def loss(first, last, text=text, image=image):
-        return landing_loss(student, "v", ALPHAS, states, torch.full((B,), first), torch.full((B,), last), latents, context, text, image)
+        first, last = torch.full((B,), first), torch.full((B,), last)
+        return landing_loss(student, "v", ALPHAS, states, first, last, latents, context, text, image)
 
     def mean_loss(**told):
         with torch.no_grad():
