@@ -109,14 +109,15 @@ class InstructPix2Pix:
         return out
 
     @torch.no_grad()
-    def edit(self, images, prompts, *, steps=None, sampler="ddim", cfg_text=7.5, cfg_image=1.5, negative_prompt="", seed=0,
+    def edit(self, images, prompts, *, steps=None, sampler="ddim", cfg_text=None, cfg_image=None, negative_prompt="", seed=0,
              num_images=1, size=None, x_T=None, eta=0.0, progress=True) -> list[Image.Image]:
         """Edit pictures as told.
 
         images, prompts: one PIL picture and one instruction, or a list of either; one goes with all of the other.
-        steps: 1..1000; the model's own if None, 20 of most, a few of a distilled one. sampler: "ddim" or "euler-ancestral".
-        eta: DDIM's share of fresh noise.
-        cfg_text, cfg_image: guidance scales; more of the first follows the instruction, of the second keeps the picture.
+        steps: 1..1000; the model's own if None, 20 if it has none. sampler: "ddim" or "euler-ancestral". eta: DDIM's share of
+        fresh noise.
+        cfg_text, cfg_image: guidance scales; more of the first follows the instruction, of the second keeps the picture. The
+        model's own if None, 7.5 and 1.5 if it has none.
         negative_prompt: what guidance leads away from, in the place of "".
         seed: of the first picture made from an input; the next have seed + 1, ...: `num_images` of each.
         size: the long side in the model, rounded to `size_multiple`; the model's own if None.
@@ -127,7 +128,10 @@ class InstructPix2Pix:
         if not self.is_editor:
             raise ValueError(f"this model's UNet takes {self.unet.config.in_channels} channels: it makes pictures from text "
                              f"(use generate); an editor takes {2 * self.vae.config.z_channels}")
-        steps = self.parts.metadata.get("sample_steps", 20) if steps is None else steps         # its "steps": of its training
+        own = dict(sample_steps=20, cfg_text=7.5, cfg_image=1.5) | self.parts.metadata          # its "steps": of its training
+        steps = own["sample_steps"] if steps is None else steps
+        cfg_text = own["cfg_text"] if cfg_text is None else cfg_text
+        cfg_image = own["cfg_image"] if cfg_image is None else cfg_image
         check_settings(steps, sampler, num_images, cfg_text=cfg_text, cfg_image=cfg_image, eta=eta)
         if self.is_distilled and (sampler != "ddim" or eta or negative_prompt):
             raise ValueError("a distilled editor takes DDIM's steps, without fresh noise and without a negative prompt")

@@ -177,12 +177,12 @@ def test_a_student_learns_to_land():
 
 
 def test_an_edit_takes_one_evaluation_a_step_and_minds_the_scales():
-    model, calls = student_of(editor(metadata=dict(sample_steps=2))), []
+    model, calls = student_of(editor(metadata=dict(sample_steps=2, cfg_text=3.0))), []
     unet = model.unet
     model.unet = lambda x, t, context, control, condition: (calls.append((len(x), t[0].item(), condition)),
                                                             unet(x, t, context, control, condition))[1]
     model.unet.config, model.unet.read_text, model.unet.parameters = unet.config, unet.read_text, unet.parameters
-    first, = model.edit(picture, "make it red", cfg_text=3.0, cfg_image=1.5, progress=False)
+    first, = model.edit(picture, "make it red", progress=False)                     # by its own settings
     assert [(n, t) for n, t, _ in calls] == [(1, 999), (1, 499)]
     assert all(torch.equal(c, torch.tensor([[300., 150., 500.]])) for *_, c in calls)
     others = [model.edit(picture, "make it red", progress=False, **scales)[0]
