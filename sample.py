@@ -19,7 +19,7 @@ from itertools import chain, count, islice, product
 from pathlib import Path
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
-EDITOR = WEIGHTS / "mini-ip2p.safetensors", "path/to/instruct-pix2pix-00-22000.safetensors or --model timbrooks/instruct-pix2pix"
+EDITOR = WEIGHTS / "mini-ip2p-fast.safetensors", "path/to/instruct-pix2pix-00-22000.safetensors or --model timbrooks/instruct-pix2pix"
 BASE = WEIGHTS / "mini-sd.safetensors", "path/to/v1-5-pruned-emaonly.safetensors"
 METHODS = {"ip2p": EDITOR, "sdedit": BASE, "p2p": BASE, "null-text": BASE}            # the model of each, and the public one
 WRITTEN = (".png", ".jpg", ".jpeg", ".webp")
@@ -275,7 +275,7 @@ def parse(argv=None):
     flag("--image", nargs="+", required=True, help="pictures to edit: files, or folders of them (no default)")
     flag("--prompt", nargs="+", required=True, help="instructions, each for every picture (no default)")
     flag("--model", help="a .safetensors or .ckpt file, a diffusers folder, or an id on the Hugging Face hub (default: "
-         "weights/mini-ip2p.safetensors, weights/mini-sd.safetensors for other methods)")
+         "weights/mini-ip2p-fast.safetensors, the distilled miniature; weights/mini-sd.safetensors for other methods)")
     flag("--vae", help="a file or folder with another autoencoder (default: the model's own)")
     flag("--output", default="outputs", help="a folder, where results get names like fox-make-it-night.png that are not taken "
          "yet; or a .png, .jpg or .webp file, for a single result (default: %(default)s)")

@@ -4,7 +4,7 @@
     python train.py --data world                      # the same on the toy world's true pairs
     python train.py --base v1-5-pruned-emaonly.safetensors --data pairs --preset 24gb          # Stable Diffusion on one card
     torchrun --nproc-per-node 8 train.py --base v1-5-pruned-emaonly.safetensors --data pairs   # the paper's run
-    python train.py --stage distill                   # from a trained editor one that needs 4 evaluations, not 60
+    python train.py --stage distill                   # from a trained editor one that needs 2 evaluations, not 60
     python train.py --stage all                       # the miniature from nothing, everything in weights/
 
 Each stage trains in a folder of its own below --out. Stopped by --minutes, Ctrl-C, SIGTERM or worse, it goes on when the
@@ -54,7 +54,7 @@ STAGES = {              # what made the shipped weights, but for base and scorer
     "base": ALWAYS | dict(steps=2300, batch_size=96, ema_decay=0.998, reuse=4, timesteps="logit-normal"),
     "scorer": ALWAYS | dict(steps=3000, batch_size=64, ema_decay=0.998, reuse=3),
     "edits": ALWAYS | dict(steps=3500, batch_size=32, ema_decay=0.995, pretrain_steps=300),
-    "distill": ALWAYS | dict(steps=600, batch_size=96, ema_decay=0.99, warmup=20, cooldown=0.7, block=1024, reuse=20, views=8,
+    "distill": ALWAYS | dict(steps=1000, batch_size=96, ema_decay=0.99, warmup=20, cooldown=0.7, block=1024, reuse=20, views=8,
                              train_text=False, freeze=["input_blocks", "middle_block", "output_blocks.0."]),
 }
 

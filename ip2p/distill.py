@@ -123,7 +123,7 @@ def train_distill(args, base):
             return landing_loss(predict, base.parameterization, alphas_on(args.device), states, first, last, image_latents,
                                 context, cfg_text, cfg_image), {}
 
-    own = dict(sample_steps=4, cfg_text=args.cfg_text, cfg_image=args.cfg_image)
+    own = dict(sample_steps=2, cfg_text=args.cfg_text, cfg_image=args.cfg_image)
     editor = InstructPix2Pix(replace(base, unet=student, metadata=own))
 
     def sheet(path, count=6, per_kind=3):
