@@ -53,10 +53,9 @@ def main(args):
                          f"InstructPix2Pix's {2 * model.vae.config.z_channels}")
     if args.method != "ip2p" and model.is_editor:
         raise ValueError(f"{args.model}: an editor: --method {args.method} needs a text-to-image model")
-    own = model.parts.metadata
-    cfg_text, cfg_image = args.cfg_text or [own.get("cfg_text", 7.5)], args.cfg_image or [own.get("cfg_image", 1.5)]
-    settings = dict(steps=args.steps or own.get("sample_steps", 20),       # its "steps" are those of its training
-                    size=args.size or model.parts.image_size)
+    own = model.own_settings
+    cfg_text, cfg_image = args.cfg_text or [own["cfg_text"]], args.cfg_image or [own["cfg_image"]]
+    settings = dict(steps=args.steps or own["sample_steps"], size=args.size or model.parts.image_size)
     if args.method == "ip2p":
         edit = model.edit
         settings |= dict(negative_prompt=args.negative_prompt, sampler=args.sampler, eta=0.0 if args.sampler == "ddim" else 1.0)

@@ -35,7 +35,7 @@ def evaluate_curve(args):
     judge, size = ClipSimilarity.load(args.clip, args.device), base.parts.image_size
     before, after, instructions, captions, edited = read_pairs(args, size) if args.data else world_pairs(args, size)
     batches = [slice(i, i + args.batch_size) for i in range(0, len(before), args.batch_size)]
-    text, base_text = (model.parts.metadata.get("cfg_text", 7.5) if args.cfg_text is None else args.cfg_text
+    text, base_text = (model.own_settings["cfg_text"] if args.cfg_text is None else args.cfg_text
                        for model in (editor, base))
     print(f"{len(before)} edits, text guidance {text:g} and {base_text:g}", flush=True)
 

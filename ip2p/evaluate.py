@@ -39,7 +39,7 @@ def evaluate_pairs(args):
     """
     model, world = InstructPix2Pix.load(args.model, args.device, args.dtype), World(args.device)
     judge, thresholds = ClipSimilarity.load(args.clip, args.device), Thresholds.of(args.clip)
-    cfg_text = model.parts.metadata.get("cfg_text", 7.5)
+    cfg_text = model.own_settings["cfg_text"]
     print(f"cfg_text={cfg_text}", thresholds, flush=True)
 
     # The true pairs, and the noise that leads back to their sources.

@@ -73,6 +73,12 @@ class InstructPix2Pix:
         return self.unet.config.cond_dim is not None
 
     @property
+    def own_settings(self) -> dict:
+        """sample_steps, cfg_text and cfg_image that suit the model: as its file says, else 20, 7.5 and 1.5."""
+        usual = dict(sample_steps=20, cfg_text=7.5, cfg_image=1.5)             # a file's "steps" are those of its training
+        return {name: self.parts.metadata.get(name, value) for name, value in usual.items()}
+
+    @property
     def size_multiple(self) -> int:
         """Pictures given to the model have sides that are multiples of this: 64 for Stable Diffusion."""
         return self.vae.config.downsampling * 2 ** (len(self.unet.config.channel_mult) - 1)
@@ -128,7 +134,7 @@ class InstructPix2Pix:
         if not self.is_editor:
             raise ValueError(f"this model's UNet takes {self.unet.config.in_channels} channels: it makes pictures from text "
                              f"(use generate); an editor takes {2 * self.vae.config.z_channels}")
-        own = dict(sample_steps=20, cfg_text=7.5, cfg_image=1.5) | self.parts.metadata          # its "steps": of its training
+        own = self.own_settings
         steps = own["sample_steps"] if steps is None else steps
         cfg_text = own["cfg_text"] if cfg_text is None else cfg_text
         cfg_image = own["cfg_image"] if cfg_image is None else cfg_image
@@ -152,11 +158,14 @@ class InstructPix2Pix:
             z = latents * self.vae.config.scale_factor                    # the UNet sees image latents without this factor
             if told:
                 texts = [prompts[i] for i in batch for _ in range(num_images)]
-                context, null = self.encode_text(texts), self._null(negative_prompt, len(texts))
-                predict, scales, options = self.predict, (cfg_text, cfg_image), {}
+                context = self.encode_text(texts)
                 if self.is_distilled:                                     # it has learned what guidance does: one branch is left
-                    condition = guidance_condition(*scales, steps).to(self.device)
-                    predict, scales, options = partial(predict, condition=condition), (1, 1), dict(spacing="trailing")
+                    condition = guidance_condition(cfg_text, cfg_image, steps).to(self.device)
+                    predict, scales, options = partial(self.predict, condition=condition), (1, 1), dict(spacing="trailing")
+                    null = context                                        # not looked at
+                else:
+                    predict, scales, options = self.predict, (cfg_text, cfg_image), {}
+                    null = self._null(negative_prompt, len(texts))
                 with self.working(self.unet):
                     denoise = instruct_denoiser(predict, context, null, latents, *scales, self.read_text,
                                                 one_by_one=self.low_memory)

@@ -147,10 +147,10 @@ def evaluate_edits(args):
               "unedited": lambda before, *_: before}
     settings = {}
     for path, model in models.items():
-        own = model.parts.metadata
-        scales = dict(cfg_text=own.get("cfg_text", 7.5) if args.cfg_text is None else args.cfg_text,
-                      cfg_image=own.get("cfg_image", 1.5) if args.cfg_image is None else args.cfg_image)
-        for steps in args.steps or [own.get("sample_steps", 20)]:
+        own = model.own_settings
+        scales = dict(cfg_text=own["cfg_text"] if args.cfg_text is None else args.cfg_text,
+                      cfg_image=own["cfg_image"] if args.cfg_image is None else args.cfg_image)
+        for steps in args.steps or [own["sample_steps"]]:
             name = f"{path}, {steps} steps"
             settings[name] = dict(steps=steps, **scales)
             makers[name] = partial(edit_pixels, model, settings[name])
@@ -251,7 +251,7 @@ def evaluate_pictures(args):
     captions were written for."""
     world, scorer = World(args.device), load_scorer(args.scorer, args.device)
     model = InstructPix2Pix.load(args.model, args.device, args.dtype)
-    cfg_text = model.parts.metadata.get("cfg_text", 7.5) if args.cfg_text is None else args.cfg_text
+    cfg_text = model.own_settings["cfg_text"] if args.cfg_text is None else args.cfg_text
     print(f"{args.model}, cfg_text={cfg_text:g}", flush=True)
 
     def drawn(scenes, captions, seeds, steps):
