@@ -56,6 +56,16 @@ def average(tensors: list[Tensor], bucket: int = 2 ** 25):
             t.copy_(mean.view_as(t))
 
 
+def share_out(parts: list, make) -> list:
+    """[make(part) for part in parts], each made by one of the processes and sent to the others; tensors arrive on the CPU."""
+    if processes() == 1:
+        return [make(part) for part in parts]
+    own = [tuple(x.cpu() if torch.is_tensor(x) else x for x in make(part)) for part in parts[rank()::processes()]]
+    made = [None] * processes()
+    dist.all_gather_object(made, own)
+    return [made[i % processes()][i // processes()] for i in range(len(parts))]
+
+
 def any_of(flag: bool) -> bool:
     """Whether it is true in any process. Sent between CPUs, so that no accelerator is waited for."""
     if processes() == 1:

@@ -11,7 +11,7 @@ from .truth import FIXED, psnr, through
 from .world import KINDS
 
 # What is drawn anew is harder to learn than what is changed, and comes twice as often.
-LESSONS = KINDS + ("object", "place", "add")
+LESSONS = KINDS + ("object", "place", "color", "add", "size")
 
 
 def encoders(args, vae, text, world):

@@ -76,8 +76,12 @@ class Pool:
         number, within = divmod(step, block // B * self.args.reuse)
         again, turn = divmod(within, block // B)
         if number != self.number:
-            starts = tqdm(range(0, block, 128), desc="drawing", leave=False, dynamic_ncols=True)
-            parts = [self.draw(number * block + i, min(128, block - i)) for i in starts]
+            with tqdm(total=block, desc="drawing", leave=False, dynamic_ncols=True, disable=distributed.rank() > 0) as bar:
+                def draw(i):
+                    part = self.draw(number * block + i, min(128, block - i))
+                    bar.update(min(128 * distributed.processes(), block - bar.n))
+                    return part
+                parts = distributed.share_out(range(0, block, 128), draw)
             self.columns = [torch.cat(c) if torch.is_tensor(c[0]) else sum(c, []) for c in zip(*parts)]
             self.number = number
         order = torch.randperm(block, generator=seeded(self.args.seed, number, again))
