@@ -4,12 +4,12 @@
     python -m ip2p.bench edit --full-size --dtype bf16 --compile
     python -m ip2p.bench growth                             # an edit against pictures, steps, size and processes
     python -m ip2p.bench train --batch-size 16              # optimiser steps, against those of diffusers' training script
-    python -m ip2p.bench pairs                              # drawing pairs, against attention maps written out
+    python -m ip2p.bench pairs                              # drawing pairs, against diffusers with maps written out
     python -m ip2p.bench start                              # from the command line to the first picture
 
 Each ends with a Markdown table. Of options that take several values, `edit` measures all combinations, `growth` changes one
 at a time, the others at their first, and the rest take the first. --full-size is Stable Diffusion 1.5 with random weights:
-nothing is downloaded. `edit` and `train` need diffusers: pip install -e ".[bench]". Memory is in GB of 1e9 bytes: on a GPU
+nothing is downloaded. `edit`, `train` and `pairs` need diffusers: pip install -e ".[bench]". Memory is in GB of 1e9 bytes: on a GPU
 what torch allocated at most; on a CPU the most that a process had in memory, libraries and mapped weights included (Linux).
 """
 import argparse
@@ -28,18 +28,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .bench_programs import (DTYPES, WEIGHTS, MaterializedRun, draw_with, edit_by_diffusers, edit_by_ip2p, export,
+from .bench_programs import (DTYPES, WEIGHTS, draw_by_diffusers, draw_by_ip2p, edit_by_diffusers, edit_by_ip2p, export,
                              train_by_diffusers, train_by_ip2p)
-from .prompt_to_prompt import ControlledRun
 from .sides import Side, side_by_side, take_turns
 from .tables import decimal, print_table
 
 
 @contextmanager
-def exported(args):
-    """(folder, side of its pictures): the editor as a diffusers folder, which both programs open."""
+def exported(args, editor=True):
+    """(folder, side of its pictures): the model as a diffusers folder, which both programs open."""
     with tempfile.TemporaryDirectory() as folder:
-        with side_by_side(args.device, export=(export, args, folder)) as sides:
+        with side_by_side(args.device, export=(export, args, folder, editor)) as sides:
             _, _, own_size = sides["export"]()
         yield folder, own_size
 
@@ -144,19 +143,23 @@ def slope(x, y, digits):
 # ---- pairs, against attention maps written out
 
 def bench_pairs(args):
-    """Pairs a second of `draw_pairs`, controlled on the values and on the maps; decoding is in both."""
+    """Pairs a second, controlled on the values and, by diffusers, on the maps; text encoder and decoder are in both."""
     print(machine(args), flush=True)
-    rows, B = [], args.batch_size[0]
-    programs = dict(values=(draw_with, ControlledRun, args), maps=(draw_with, MaterializedRun, args))
-    with side_by_side(args.device, **programs) as sides:
-        for control in ("self-attention", "cross-attention"):
-            timed = take_turns(sides, args.repeats, control=control)
-            values, maps = timed["values"], timed["maps"]
-            size = values.results[0].shape[-1]
-            rows.append([f"{B} x {size} x {size}, {args.steps[0]} steps, {control}", decimal(B / values.seconds, 3),
-                         decimal(B / maps.seconds, 3), decimal(maps.seconds / values.seconds, 2), gigabytes(values.peak),
-                         gigabytes(maps.peak), f"{np.abs(values.results[-1] - maps.results[-1]).max():.1e}"])
-    print_table(["pairs/s", "on the values", "maps written out", "ratio", "GB", "GB, maps", "differ by at most, of 2"], rows)
+    rows = []
+    with exported(args, editor=False) as (folder, own_size):
+        told = argparse.Namespace(device=args.device, dtype=args.dtype, batch_size=args.batch_size[0], steps=args.steps[0],
+                                  size=(args.size or [own_size])[0])
+        programs = dict(ip2p=(draw_by_ip2p, folder, told), diffusers=(draw_by_diffusers, folder, told))
+        with side_by_side(args.device, **programs) as sides:
+            for control in ("self-attention", "cross-attention"):
+                timed = take_turns(sides, args.repeats, control=control)
+                apart = np.abs(timed["ip2p"].results[-1] - timed["diffusers"].results[-1])
+                for name, t in timed.items():
+                    rows.append([f"{told.batch_size} x {told.size} x {told.size}, {told.steps} steps, {control}", name,
+                                 decimal(told.batch_size / t.seconds, 3), gigabytes(t.peak),
+                                 decimal(timed["diffusers"].seconds / t.seconds, 2), f"{apart.max():.1e} ({apart.mean():.1e})"])
+                    print(*rows[-1], sep="  ", flush=True)
+    print_table(["pairs", "by", "pairs/s", "GB", "x diffusers", "differ by at most (mean), of 2"], rows)
 
 
 # ---- training

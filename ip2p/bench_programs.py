@@ -1,13 +1,12 @@
 """What ip2p.bench holds side by side. Every function here makes another one, which is timed.
 
-edit_by_*: whole edits, from picture to picture. draw_with: pairs of pictures. train_by_*: optimiser steps of an editor's
+edit_by_*: whole edits, from picture to picture. draw_by_*: pairs of pictures, as make_data.py draws them. train_by_*: optimiser steps of an editor's
 training, as train.py makes them, and as diffusers' train_instruct_pix2pix.py does between two batches of its loader.
 """
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -15,11 +14,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from . import pipeline
 from .checkpoint import Parts
 from .guidance import dropout_masks
 from .pipeline import InstructPix2Pix
-from .prompt_to_prompt import ControlledRun
+from .prompt_to_prompt import AttentionControl, ControlledRun, control_pairs
 from .stages import diffusion_loss, draw_timesteps, encode, recompute_stages, to_device
 from .text import TextEncoder, import_open_clip
 from .training import EMA, make_optimizers, seeded
@@ -28,9 +26,10 @@ from .vae import AutoencoderKL
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
+CFG_TEXT = 3.0                                                     # of pairs
 
 
-def open_model(args, editor=True):
+def open_model(args, editor):
     """The shipped model, or one of Stable Diffusion 1.5's size with random weights."""
     if not args.full_size:
         path = args.model or WEIGHTS / f"mini-{'ip2p' if editor else 'sd'}.safetensors"
@@ -42,9 +41,9 @@ def open_model(args, editor=True):
     return InstructPix2Pix(Parts(*parts, "eps", 512, {}))
 
 
-def export(args, folder):
-    """Writes the editor as a diffusers folder. The function returned gives the side of its pictures."""
-    model = open_model(args)
+def export(args, folder, editor):
+    """Writes the model as a diffusers folder. The function returned gives the side of its pictures."""
+    model = open_model(args, editor)
     model.save(folder, "diffusers")
     return lambda: model.parts.image_size
 
@@ -97,31 +96,86 @@ def edit_by_diffusers(folder, device, dtype, compiled=False):
 
 # ---- pairs
 
-class MaterializedRun(ControlledRun):
-    """The same controls as published code has them: on the attention maps, which are all in memory."""
-
-    def __call__(self, q, k, v, heads, is_cross):
-        q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))       # (B, heads, tokens, C / heads)
-        maps = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)                                # (B, heads, pixels, tokens)
-        if not is_cross and self.shares_self and q.shape[2] <= self.most_pixels:
-            maps = maps[self.self_rows]
-        if is_cross and self.crossing is not None:
-            rows, source, from_source, own = self.crossing
-            borrowed = maps[source] @ from_source.to(maps.dtype)[:, None]
-            maps = (maps * own.to(maps.dtype)[:, None].mT).index_add(0, rows, borrowed)
-        return (maps @ v).transpose(1, 2).flatten(2)
+CAPTIONS = ("a red car in the city", "a fox", "a house in summer")
+EDITED = ("a red car in the city at night", "a blue fox", "a house in winter")
 
 
-def draw_with(run, args):
-    """draw(control) -> (2 B, 3, size, size) pixels, by `draw_pairs` with `run` in the place of attention."""
-    model = open_model(args, editor=False)
-    B, steps, size = args.batch_size[0], args.steps[0], args.size and args.size[0]
-    texts = ["a red car in a city"] * B, ["a red car in a city at night"] * B
+def pair_settings(args):
+    """Of pairs to draw: captions, edited captions, seeds, and shares of the steps, as wide apart as the paper's."""
+    numbers = range(args.batch_size)
+    texts = ([texts[i % len(texts)] for i in numbers] for texts in (CAPTIONS, EDITED))
+    return *texts, list(numbers), np.linspace(0.1, 0.9, args.batch_size).tolist()
+
+
+def draw_by_ip2p(folder, args):
+    """draw(control) -> (2 B, 3, size, size) pixels, sources first, by `draw_pairs`."""
+    model = InstructPix2Pix.load(folder, args.device, DTYPES[args.dtype])
+    *texts, seeds, shares = pair_settings(args)
 
     def draw(control):
-        with patch.object(pipeline, "ControlledRun", run):
-            return torch.cat(model.draw_pairs(*texts, list(range(B)), [0.5] * B, [3.0] * B, steps=steps, control=control,
-                                              size=size)).numpy()
+        return torch.cat(model.draw_pairs(*texts, seeds, shares, [CFG_TEXT] * len(seeds), steps=args.steps, control=control,
+                                          size=args.size)).numpy()
+    return draw
+
+
+class MapsProcessor:
+    """For diffusers' attention layers: the maps are computed, edited in place as published Prompt-to-Prompt does it, and
+    applied. The batch holds the prompts without their text first."""
+
+    def __init__(self, control: AttentionControl, side: int):
+        self.control, self.step = control, 0
+        self.most_pixels = ControlledRun(control, side, side).most_pixels
+        self.targets = [(r, s) for r, s in enumerate(control.source.tolist()) if s != r]
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **_):
+        is_cross = encoder_hidden_states is not None
+        context = encoder_hidden_states if is_cross else hidden_states
+        q, k, v = (attn.head_to_batch_dim(x) for x in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)))
+        maps = attn.get_attention_scores(q, k)                                       # (2 R heads, pixels, tokens)
+        plain, told = maps.unflatten(0, (2, len(self.control.source), -1))           # (R, heads, pixels, tokens)
+        if is_cross and self.control.cross_steps is not None:
+            self.edit_cross(told)
+        elif not is_cross and q.shape[1] <= self.most_pixels:
+            for half in (plain, told) if self.control.unconditional else (told,):
+                for target, source in self.targets:
+                    if self.control.self_steps[self.step, target]:
+                        half[target] = half[source]
+        return attn.to_out[0](attn.batch_to_head_dim(maps @ v))
+
+    def edit_cross(self, maps):
+        for target, source in self.targets:
+            alpha = self.control.cross_steps[self.step, target].to(maps)
+            weight, token = self.control.from_source[target].to(maps).max(0)         # each token answers to one of the source's
+            new = maps[source][..., token] * weight + maps[target] * self.control.own[target].to(maps)
+            maps[target] = alpha * new + (1 - alpha) * maps[target]
+
+
+def draw_by_diffusers(folder, args):
+    """The same by diffusers' pipeline and sampler, with maps in memory."""
+    import_open_clip()                                                     # before diffusers: see its docstring
+    import diffusers
+    diffusers.utils.logging.disable_progress_bar()
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=DTYPES[args.dtype]).to(args.device)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = diffusers.EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="linspace")
+    captions, edited, seeds, shares = pair_settings(args)
+    tokenizer = InstructPix2Pix.load(folder).tokenizer
+    shape = pipe.unet.config.in_channels, *[args.size // pipe.vae_scale_factor] * 2
+
+    def draw(control):
+        maps = MapsProcessor(control_pairs(tokenizer, captions, edited, shares, args.steps, control), shape[-1])
+        pipe.unet.set_attn_processor(maps)
+
+        def after_step(pipe, step, t, kept):
+            maps.step = step + 1
+            return kept
+
+        streams = [torch.Generator().manual_seed(seed) for seed in seeds * 2]
+        x_T = torch.stack([torch.randn(shape, generator=stream) for stream in streams])
+        pictures = pipe(captions + edited, num_inference_steps=args.steps, guidance_scale=CFG_TEXT, height=args.size,
+                        width=args.size, generator=streams, latents=x_T.to(args.device, DTYPES[args.dtype]), output_type="pt",
+                        callback_on_step_end=after_step).images
+        return pictures.float().cpu().numpy() * 2 - 1
     return draw
 
 

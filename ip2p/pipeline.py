@@ -18,7 +18,7 @@ from .checkpoint import Parts, load_checkpoint, save_checkpoint
 from .cuda_graph import CUDAGraphed
 from .guidance import guidance_condition, instruct_denoiser, text_denoiser
 from .images import check_shape, model_size, to_images, to_pixels, to_rgb
-from .prompt_to_prompt import AttentionControl, ControlledRun, prompt_to_prompt, share_self_attention
+from .prompt_to_prompt import AttentionControl, ControlledRun, control_pairs
 from .samplers import SAMPLERS
 from .schedule import eps_from_v, make_alphas_cumprod
 from .text import Tokenizer
@@ -203,13 +203,10 @@ class InstructPix2Pix:
         """B pairs of pictures, each of a caption and of its edited caption, drawn from shared noise (InstructPix2Pix,
         Sec. 3.1.2). Every pair has its own seed, share of the steps and guidance scale, and no batch changes it.
 
-        control: "self-attention" (the published generator's: the share is its p) or "cross-attention" (Prompt-to-Prompt's
-        refinement for that share of the steps, self-attention for half of it). x_T: as in `generate`, one for each pair.
+        control: "self-attention" or "cross-attention", as in `control_pairs`. x_T: as in `generate`, one for each pair.
         Returns pixels of either, (B, 3, size, size) float32 in [-1, 1] on the CPU.
         """
         self.check_makes_pictures()
-        if control not in ("self-attention", "cross-attention"):
-            raise ValueError(f"control must be self-attention or cross-attention, got {control!r}")
         size = size or self.parts.image_size
         if size < 1 or size % self.size_multiple:
             raise ValueError(f"the pictures' side must be a multiple of {self.size_multiple}, got {size}")
@@ -217,12 +214,7 @@ class InstructPix2Pix:
         if any(len(x) != B for x in (edited_captions, seeds, shares, cfg_text)):
             raise ValueError(f"{B} captions need as many edited captions, seeds, shares and guidance scales")
         check_settings(steps, sampler, 1)
-        source, shares = list(range(B)) * 2, list(shares) * 2
-        if control == "self-attention":
-            control = share_self_attention(source, shares, steps)
-        else:
-            control = prompt_to_prompt(self.tokenizer, texts, steps, cross_replace_steps=shares,
-                                       self_replace_steps=[p / 2 for p in shares], source=source)
+        control = control_pairs(self.tokenizer, captions, edited_captions, shares, steps, control)
         side = size // self.vae.config.downsampling
         z = self.text_to_latents(texts, self._null("", 2 * B), torch.tensor(cfg_text, device=self.device).repeat(2),
                                  (2 * B, self.vae.config.z_channels, side, side), steps=steps, sampler=sampler, seeds=[*seeds] * 2,

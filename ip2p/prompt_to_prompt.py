@@ -235,6 +235,23 @@ def prompt_to_prompt(tokenizer: Tokenizer, prompts: Sequence[str], num_steps: in
                             blend=local_blend and _blend_tokens(local_blend, prompts, tokenizer))
 
 
+def control_pairs(tokenizer: Tokenizer, captions: Sequence[str], edited_captions: Sequence[str], shares: Sequence[float],
+                  num_steps: int, kind: str = "self-attention") -> AttentionControl:
+    """Of B captions and their B edited captions, drawn as one batch: each edited one borrows from its caption.
+
+    kind: "self-attention", the published generator's: the share of the steps is its p; or "cross-attention", Prompt-to-Prompt's
+    refinement for that share of the steps, with self-attention for half of it. ValueError for another kind or a share
+    outside [0, 1].
+    """
+    if kind not in ("self-attention", "cross-attention"):
+        raise ValueError(f"control must be self-attention or cross-attention, got {kind!r}")
+    source, shares = list(range(len(captions))) * 2, list(shares) * 2
+    if kind == "self-attention":
+        return share_self_attention(source, shares, num_steps)
+    return prompt_to_prompt(tokenizer, [*captions, *edited_captions], num_steps, cross_replace_steps=shares,
+                            self_replace_steps=[share / 2 for share in shares], source=source)
+
+
 def _interval(bound, count):
     """(first, end) of `count` steps, of a share or a pair of shares."""
     begin, end = bound if isinstance(bound, (tuple, list)) else (0, bound)
