@@ -197,7 +197,7 @@ RESULTS = {"vae": "vae.safetensors", "clip": "mini-clip.safetensors", "base": "m
 
 def main(args):
     """One stage. Returns its record; None in processes other than the first."""
-    check_device(args)
+    distributed.check_device(args.device)
     base = open_base(args) if args.stage in CHANGE else None
     args.data = args.data if base else "world"
     settings = PRESETS[args.preset] if args.stage == "edit" else STAGES[args.stage]
@@ -335,13 +335,6 @@ def check(args):
     for stage in ("vae", "clip"):
         if args.stage == "base" and not (args.out / RESULTS[stage]).exists():
             raise ValueError(f"{args.out / RESULTS[stage]} is missing: train --stage {stage} with the same --out first")
-
-
-def check_device(args):
-    try:
-        torch.ones(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device} cannot be used here ({str(error).splitlines()[0]})") from None
 
 
 def run_command(argv=None):

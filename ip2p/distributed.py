@@ -1,11 +1,22 @@
 """Several processes, one run: torchrun starts them, each learns from its rows of a step's examples, and gradients are
 averaged before the step. Without torchrun there is one process, and nothing here does anything."""
 import os
+import re
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+def check_device(device: str):
+    """ValueError unless torch can use the device."""
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        usable = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        reason = re.split(r"[.\n]", str(error))[0]
+        raise ValueError(f"--device {device} cannot be used here ({reason}); there is {', '.join(usable)}") from None
 
 
 def start(device: str) -> str:

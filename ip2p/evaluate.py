@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from .clip_filter import ClipSimilarity, Thresholds
 from .curve import evaluate_curve, invert
+from .distributed import check_device
 from .images import contact_sheet, save_image, to_images
 from .pipeline import InstructPix2Pix
 from .tables import decimal, percent, print_table, write_rows
@@ -90,10 +91,7 @@ def check(args):
     for name, least in (("count", 1 if args.what in ("pairs", "curve") else 2), ("batch_size", 1)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
-    try:
-        torch.ones(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device} cannot be used here ({str(error).splitlines()[0]})") from None
+    check_device(args.device)
 
 
 def run_command(argv=None):

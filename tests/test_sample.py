@@ -397,7 +397,7 @@ def test_bad_settings(refused, flags, words):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
 def test_cuda_without_cuda(refused):
     line = refused("--device", "cuda", "--model", "missing.safetensors")
-    assert "--device cuda: cannot be used" in line and "there is cpu" in line
+    assert "--device cuda cannot be used" in line and "there is cpu" in line
 
 
 def test_bad_models(refused, tmp_path):
