@@ -329,9 +329,9 @@ def check(args):
     if args.batch_size % parts:
         raise ValueError(f"--batch-size {args.batch_size} cannot be shared out between {parts} parts (--accumulate x "
                          f"processes)")
-    if parts > 1 and args.stage not in CHANGE:
+    if parts > 1 and args.stage not in ("base", *CHANGE):
         raise ValueError(f"--stage {args.stage} learns in one process and one part; --accumulate and torchrun are for the "
-                         f"editors")
+                         f"diffusion models")
     for stage in ("vae", "clip"):
         if args.stage == "base" and not (args.out / RESULTS[stage]).exists():
             raise ValueError(f"{args.out / RESULTS[stage]} is missing: train --stage {stage} with the same --out first")
@@ -369,7 +369,7 @@ def parse(argv=None):
     flag("--steps", type=int, help=f"optimiser steps in all; may be changed when resuming {own}")
     flag("--minutes", type=float, help="stop after so many minutes; repeat the command to go on (default: never)")
     flag("--batch-size", type=int, help=f"examples a step, over all parts and processes {own}")
-    flag("--accumulate", type=int, help=f"edit: parts in which a process goes through its share of them {own}")
+    flag("--accumulate", type=int, help=f"base, edit, distill: parts in which a process goes through its share of them {own}")
     flag("--lr", type=float, help=f"of AdamW; Muon's is 20 times as much {own}")
     flag("--optimizer", choices=("adamw", "muon"), help=own[1:-1])
     flag("--warmup", type=int, help=f"steps of rising learning rate {own}")

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from . import distributed
 from .attention import SpatialTransformer
 from .checkpoint import Parts, load_checkpoint, load_vae, save_checkpoint, save_vae
 from .clip_filter import build_clip, load_clip, normalize_pixels, save_clip
 from .images import contact_sheet, save_image, to_images
 from .pipeline import InstructPix2Pix
 from .scorer import build_scorer, read_scene, save_scorer, score_scorer, scorer_loss, soften
-from .stages import Pool, diffusion_loss, draw_timesteps, encode, history, is_cooling, run
+from .stages import Pool, diffusion_loss, draw_timesteps, encode, history, is_cooling, run, to_device
 from .tensorfiles import read_state_dict
 from .text import TextConfig, TextEncoder, Tokenizer
 from .training import seeded
@@ -139,15 +140,16 @@ def train_base(args, world):
     pool = Pool(draw, args)
 
     def loss_fn(step, rows, batch=None, dropout=0.1, timesteps=args.timesteps):
+        x0, captions = batch or pool.batch(step, rows)
+        count, rows = (len(x0), slice(None)) if batch else (args.batch_size, rows)         # drawn for all, wherever they are
         rng = seeded(args.seed, step)
-        x0, captions = batch or pool.batch(step)
-        drop = torch.rand(len(x0), generator=rng) < dropout
-        t = draw_timesteps(timesteps, len(x0), rng, is_cooling(step, args))
-        noise = torch.randn(x0.shape, generator=rng)
-        ids = tokenizer(["" if d else c for c, d in zip(captions, drop)]).to(args.device)
+        drop = torch.rand(count, generator=rng) < dropout
+        t = draw_timesteps(timesteps, count, rng, is_cooling(step, args))
+        noise = torch.randn(count, *x0.shape[1:], generator=rng)
+        x0, t, noise = (to_device(x, args) for x in (x0, t[rows], noise[rows]))
+        ids = to_device(tokenizer(["" if d else c for c, d in zip(captions, drop[rows])]), args)
         with args.autocast():
-            loss = diffusion_loss(unet, x0, text(ids), t.to(args.device), noise.to(args.device), "v")
-        return loss, {}
+            return diffusion_loss(unet, x0, text(ids), t, noise, "v"), {}
 
     parts = Parts(unet, vae, text, "v", 128, {})
     prompts = [world.caption(args.seed, i, "combinations")[1] for i in range(16)]
@@ -157,6 +159,8 @@ def train_base(args, world):
         save_image(contact_sheet(list(zip(pictures, prompts))), path)
 
     record = run(args, model, loss_fn, sheet)
+    if distributed.rank():
+        return None
     sheet(args.out / "base" / "sheet-final.png")
     with torch.no_grad():
         loss, _ = loss_fn(0, None, draw(0, args.score_examples, "combinations"), dropout=0, timesteps="uniform")

@@ -3,6 +3,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -257,6 +258,25 @@ def test_trains_on_a_data_set_and_from_a_base(trained, tmp_path):
     for steps in (1, 3):
         code, record = command(*base, steps)
         assert code == 0 and record["steps"] == steps and record["init"]["stage"] == "base", record
+
+
+def test_two_processes_share_out_the_scenes_and_the_steps(trained, tmp_path):
+    """torchrun: a block of scenes drawn by both, and the losses of one process to 1e-5 of themselves."""
+    command = "train.py --stage base --steps 2 --batch-size 32 --block 160 --reuse 1 --score-examples 1 --dtype fp32 --device cpu"
+    found = {}
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        out.mkdir()
+        for name in ("vae", "mini-clip"):
+            shutil.copy(trained[0] / f"{name}.safetensors", out)
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+                               *command.split(), "--out", str(out)], cwd=ROOT, capture_output=True, text=True,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-2000:]
+        record = json.loads(done.stdout.splitlines()[-1])
+        row = json.loads((out / "base" / "metrics.jsonl").read_text())
+        found[processes] = row["loss"], row["grad_norm"], record["held_out_loss"]
+    assert found[2] == pytest.approx(found[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("flags, complaint", [
