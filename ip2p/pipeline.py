@@ -169,7 +169,8 @@ class InstructPix2Pix:
                 with self.working(self.unet):
                     denoise = instruct_denoiser(predict, context, null, latents, *scales, self.read_text,
                                                 one_by_one=self.low_memory)
-                    denoise = CUDAGraphed(denoise) if self.device.type == "cuda" else denoise
+                    if self.device.type == "cuda" and steps > 4:          # recording takes as long as a few steps do
+                        denoise = CUDAGraphed(denoise)
                     z = self._sample(denoise, z.shape, steps, sampler, _seeds(seed, num_images, len(texts)), x_T, eta,
                                      progress, **options)
             pictures = to_images(self.decode(z))
