@@ -163,8 +163,7 @@ class World:
         """One of `count` things on a backdrop, at y or somewhere in its range there; x is still to be arranged."""
         sprite, mode = self.sprites[noun], self.sprites[noun]["places"][back["place"]]
         y = rng.uniform(*back["base"][mode]) if y is None else y
-        far = (y - back["horizon"]) / (.88 - back["horizon"]) if mode in ("stand", "float") else 1.
-        height = sprite["height"] * min(max(far, .72), 1.1) * rng.uniform(.92, 1.12) * (.85 if count == 2 else 1.)
+        height = sprite["height"] * nearness(back, mode, y) * rng.uniform(.92, 1.12) * (.85 if count == 2 else 1.)
         painted = sprite["recolor"] and style not in COLORLESS and rng.random() < .25
         color = rng.choice(list(self.colors)) if painted else ""
         size = rng.choice(("tiny", "huge")) if rng.random() < .1 else ""
@@ -250,10 +249,16 @@ class World:
         place = rng.choice(places)
         variant = rng.randrange(len(self.at[place, source.condition]))
         back = self.backdrops[self.at[place, source.condition][variant]]
-        things = [replace(self._thing(rng, thing.noun, back, len(source.things)), x=thing.x, flip=thing.flip,
-                          color=thing.color, size=thing.size) for thing in source.things]
+        things = [self._put(thing, self._back(source), back) for thing in source.things]
         return replace(source, place=place, variant=variant, crop=rng.randint(*back["crop_x"]), things=tuple(things),
                        backdrop_color=back.get("color", ""))
+
+    def _put(self, thing, old, new):
+        """A thing of one backdrop on another: where it was, or the nearest that it can be there, and as large for that."""
+        mode = self.sprites[thing.noun]["places"][new["place"]]
+        low, high = new["base"][mode]
+        y = min(max(thing.y, low), high)
+        return replace(thing, mode=mode, y=y, height=thing.height * nearness(new, mode, y) / nearness(old, thing.mode, thing.y))
 
     def alike(self, sprite, color):
         """Whether a colour is close to the sprite's own, so that painting it would change little."""
@@ -363,6 +368,11 @@ class World:
             line = foam[rows] * torch.exp(-d.clamp(max=30))[:, None]
             img = img.index_copy(0, rows, torch.lerp(img[rows], foam_color[rows], line))
         return img
+
+
+def nearness(back, mode, y):
+    """How large a thing at y looks on a backdrop: what stands or floats near its horizon is small."""
+    return min(max((y - back["horizon"]) / (.88 - back["horizon"]), .72), 1.1) if mode in ("stand", "float") else 1.
 
 
 def stream(*key):
