@@ -111,6 +111,9 @@ def test_an_edit_changes_only_the_fact_it_names(world):
             assert {"place"} <= changed(source, target) <= {"place", "variant", "crop", "things", "backdrop_color"}
             for a, b in zip(source.things, target.things):
                 assert changed(a, b) <= {"mode", "y", "height"}
+                backdrop = world.backdrops[world.at[target.place, target.condition][target.variant]]
+                low, high = backdrop["base"][b.mode]
+                assert b.y == pytest.approx(min(max(a.y, low), high)) and .6 < b.height / a.height < 1.6
         else:
             assert changed(source, target) == {"things"}
             more, fewer = sorted((source.things, target.things), key=len, reverse=True)
