@@ -200,10 +200,7 @@ def main(args):
     distributed.check_device(args.device)
     base = open_base(args) if args.stage in CHANGE else None
     args.data = args.data if base else "world"
-    settings = PRESETS[args.preset] if args.stage == "edit" else STAGES[args.stage]
-    if args.stage == "distill" and not is_miniature(base.metadata):
-        settings = FAST
-    for name, value in settings.items():
+    for name, value in defaults(args).items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     args.device = distributed.start(args.device)
@@ -219,6 +216,13 @@ def main(args):
     if record:
         print(json.dumps(record), flush=True)
     return record
+
+
+def defaults(args):
+    """Settings for what was not asked for."""
+    if args.stage == "edit":
+        return PRESETS[args.preset]
+    return FAST if args.stage == "distill" and args.preset != "miniature" else STAGES[args.stage]
 
 
 def open_base(args):
