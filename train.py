@@ -54,7 +54,7 @@ STAGES = {              # what made the shipped weights, but for base and scorer
     "base": ALWAYS | dict(steps=2300, batch_size=96, ema_decay=0.998, reuse=4, timesteps="logit-normal"),
     "scorer": ALWAYS | dict(steps=3000, batch_size=64, ema_decay=0.998, reuse=3),
     "edits": ALWAYS | dict(steps=3500, batch_size=32, ema_decay=0.995, pretrain_steps=300),
-    "distill": ALWAYS | dict(steps=1000, batch_size=96, ema_decay=0.99, warmup=20, cooldown=0.7, block=1024, reuse=20, views=8,
+    "distill": ALWAYS | dict(steps=600, batch_size=96, ema_decay=0.99, warmup=20, cooldown=0.7, block=1024, reuse=20, views=8,
                              train_text=False, freeze=["input_blocks", "middle_block", "output_blocks.0."]),
 }
 
