@@ -9,8 +9,9 @@
 
 Each ends with a Markdown table. Of options that take several values, `edit` measures all combinations, `growth` changes one
 at a time, the others at their first, and the rest take the first. --full-size is Stable Diffusion 1.5 with random weights:
-nothing is downloaded. `edit`, `train` and `pairs` need diffusers: pip install -e ".[bench]". Memory is in GB of 1e9 bytes: on a GPU
-what torch allocated at most; on a CPU the most that a process had in memory, libraries and mapped weights included (Linux).
+nothing is downloaded. `edit`, `train` and `pairs` need diffusers: pip install -e ".[bench]". Memory is in GB of 1e9 bytes: on
+a GPU what torch allocated at most; on a CPU the most that a process had in memory, libraries and mapped weights included
+(Linux).
 """
 import argparse
 import importlib.util

@@ -1,7 +1,8 @@
 """What ip2p.bench holds side by side. Every function here makes another one, which is timed.
 
-edit_by_*: whole edits, from picture to picture. draw_by_*: pairs of pictures, as make_data.py draws them. train_by_*: optimiser steps of an editor's
-training, as train.py makes them, and as diffusers' train_instruct_pix2pix.py does between two batches of its loader.
+edit_by_*: whole edits, from picture to picture. draw_by_*: pairs of pictures, as make_data.py draws them. train_by_*:
+optimiser steps of an editor's training, as train.py makes them, and as diffusers' train_instruct_pix2pix.py does between two
+batches of its loader.
 """
 from functools import lru_cache
 from itertools import count
@@ -120,12 +121,14 @@ def draw_by_ip2p(folder, args):
 
 class MapsProcessor:
     """For diffusers' attention layers: the maps are computed, edited in place as published Prompt-to-Prompt does it, and
-    applied. The batch holds the prompts without their text first."""
+    applied. Of guidance's two halves of the batch, the one without text comes first. `step`: counted by the pipeline."""
 
     def __init__(self, control: AttentionControl, side: int):
         self.control, self.step = control, 0
         self.most_pixels = ControlledRun(control, side, side).most_pixels
         self.targets = [(r, s) for r, s in enumerate(control.source.tolist()) if s != r]
+        if control.cross_steps is not None:                      # each token of a target answers to one of its source's
+            self.weights, self.tokens = control.from_source.max(1)
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, **_):
         is_cross = encoder_hidden_states is not None
@@ -145,8 +148,8 @@ class MapsProcessor:
     def edit_cross(self, maps):
         for target, source in self.targets:
             alpha = self.control.cross_steps[self.step, target].to(maps)
-            weight, token = self.control.from_source[target].to(maps).max(0)         # each token answers to one of the source's
-            new = maps[source][..., token] * weight + maps[target] * self.control.own[target].to(maps)
+            new = maps[source][..., self.tokens[target]] * self.weights[target].to(maps)
+            new += maps[target] * self.control.own[target].to(maps)
             maps[target] = alpha * new + (1 - alpha) * maps[target]
 
 

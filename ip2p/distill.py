@@ -114,7 +114,7 @@ def train_distill(args, base):
     pool, halvings = Pool(draw, args), TEACHER_STEPS.bit_length()
 
     def loss_fn(step, rows):
-        image_latents, context, cfg_text, cfg_image, states = pool.batch(step, rows)
+        image_latents, context, cfg_text, cfg_image, states = (to_device(x, args) for x in pool.batch(step, rows))
         rng = seeded(args.seed, step)
         reach = TEACHER_STEPS // 2 ** torch.randint(halvings, (args.batch_size,), generator=rng)     # teacher's steps in one
         first = reach * (torch.rand(args.batch_size, generator=rng) * (TEACHER_STEPS // reach)).long()

@@ -1,5 +1,5 @@
-"""Several processes, one run: torchrun starts them, each learns from its rows of a step's examples, and gradients are
-averaged before the step. Without torchrun there is one process, and nothing here does anything."""
+"""Devices and processes. torchrun starts several processes for one run: each learns from its rows of a step's examples, and
+gradients are averaged before the step. Without torchrun there is one, and it shares nothing out."""
 import os
 import re
 from datetime import timedelta

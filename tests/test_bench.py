@@ -36,7 +36,8 @@ def folders(tmp_path_factory):
 
 @pytest.mark.parametrize("control", ["self-attention", "cross-attention"])
 def test_maps_and_values_draw_the_same_pairs(control, tmp_path):
-    """diffusers' loop, sampler and maps against ours: apart by rounding in float32 (2e-6 when written); the other control is seen."""
+    """diffusers' loop, sampler and maps against ours: apart by rounding in float32, 2e-6 when written; and the other control
+    is seen."""
     pytest.importorskip("diffusers")
     tiny_model(4).save(tmp_path, "diffusers")
     told = SimpleNamespace(device="cpu", dtype="fp32", batch_size=4, size=32, steps=4)
