@@ -59,8 +59,7 @@ def load_checkpoint(path, *, device=None, dtype=None, vae=None, in_channels=None
 
     device: where to put the models (None leaves them on the CPU, memory-mapped); dtype: None for float32.
     vae: a file or folder whose VAE is used instead of the checkpoint's. in_channels: widen the UNet's input to this many
-    channels, the new ones starting at zero, or narrow it to the first of them: what an editor is without a picture.
-    parameterization: "eps" or "v", where the file does not say or is wrong.
+    channels; the new ones start at zero. parameterization: "eps" or "v", where the file does not say or is wrong.
     Raises ValueError, one line naming the file, for anything that is not a complete checkpoint.
     """
     if parameterization not in (None, *PREDICTION):
@@ -185,8 +184,10 @@ def _build(part, found, path, device, dtype, in_channels):
         config = keys.config_from(config_class, tensors, found.known[part])
         if part == "unet" and in_channels is not None and in_channels != config.in_channels:
             weight = tensors["input_blocks.0.0.weight"]
-            new = weight.new_zeros(weight.shape[0], max(0, in_channels - config.in_channels), *weight.shape[2:])
-            tensors["input_blocks.0.0.weight"] = torch.cat([weight[:, :in_channels], new], dim=1)
+            if in_channels < config.in_channels:
+                raise ValueError(f"has {config.in_channels} input channels, which cannot be narrowed to {in_channels}")
+            new = weight.new_zeros(weight.shape[0], in_channels - config.in_channels, *weight.shape[2:])
+            tensors["input_blocks.0.0.weight"] = torch.cat([weight, new], dim=1)
             config = replace(config, in_channels=in_channels)
         with torch.device("meta"):                       # names and shapes only: no memory, no random numbers
             model = model_class(config)

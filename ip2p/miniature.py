@@ -122,7 +122,7 @@ def train_base(args, world):
     """Text to picture: v-prediction, a tenth of the captions dropped; the text tower goes on learning with the UNet."""
     vae = load_vae(args.out / "vae.safetensors").to(args.device)
     if args.init:
-        begun = load_checkpoint(args.init, in_channels=vae.config.z_channels)          # of an editor, what draws from text
+        begun = load_checkpoint(args.init)
         unet, text = begun.unet.requires_grad_(True), begun.text.requires_grad_(True)
     else:
         unet, text = UNet(UNET), TextEncoder(replace(TEXT, projection_dim=CLIP["embed_dim"]))

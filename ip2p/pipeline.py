@@ -44,8 +44,7 @@ class InstructPix2Pix:
         """Open a checkpoint: a .safetensors or .ckpt file, a diffusers folder, or the id of one on the hub.
 
         device, dtype: where the weights go and as what; CPU and float32 if not given. vae: a separate autoencoder file.
-        in_channels: 8 opens a text-to-image checkpoint widened for editing, its new weights zero; 4 opens an editor without
-        its picture, as a text-to-image model.
+        in_channels: 8 opens a text-to-image checkpoint widened for editing, its new weights zero.
         parameterization: "eps" or "v", what the UNet predicts; read or guessed if not given.
         low_memory: the parts stay on the CPU and visit the device in turn; the autoencoder works in strips of rows, and the
         guidance branches of an edit run one after another. Slower; the results are the same up to rounding.
