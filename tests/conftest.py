@@ -53,3 +53,11 @@ def no_gradients():
     import torch
     with torch.no_grad():
         yield
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """There is a GPU, in name."""
+    from pretended_gpu import PretendedGPU
+    with PretendedGPU(monkeypatch) as mode:
+        yield mode
