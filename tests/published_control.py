@@ -16,10 +16,6 @@ def noise(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def relative_error(x, reference):
-    return ((x - reference).norm() / reference.norm()).item()
-
-
 # ---- the mappers
 
 def word_positions(prompt, tokenizer):

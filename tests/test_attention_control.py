@@ -1,8 +1,8 @@
 """Prompt-to-Prompt on the values, against the published way: every attention map made, edited, and multiplied with the values."""
 import pytest
 import torch
-from published_control import (UNET, SlowBlend, Textbook, by_hand, make_unet, noise, published_generator, relative_error,
-                               textbook)
+from checkpoints import relative_error
+from published_control import UNET, SlowBlend, Textbook, by_hand, make_unet, noise, published_generator, textbook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ip2p.attention import attend
