@@ -7,17 +7,18 @@ from torch import Tensor
 
 
 def orthogonalize(m: Tensor, steps: int = 5) -> Tensor:
-    """The nearest matrix with all singular values near 1 (0.7 to 1.2), by a quintic Newton-Schulz iteration.
+    """The nearest matrices with all singular values near 1 (0.7 to 1.2), by a quintic Newton-Schulz iteration.
 
-    m: (rows, columns) float32; a row is what feeds one output. Computed in bfloat16, which is enough for a direction.
+    m: (B, rows, columns) float32; a row is what feeds one output. Computed in bfloat16, which is enough for a direction.
     """
     a, b, c = 3.4445, -4.7750, 2.0315                        # Jordan's coefficients: steepest at zero
-    wide = m if m.shape[0] <= m.shape[1] else m.mT
-    x = (wide / (wide.norm() + 1e-7)).bfloat16()
+    is_tall = m.shape[1] > m.shape[2]
+    x = m.mT if is_tall else m
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x if m.shape[0] <= m.shape[1] else x.mT).to(m.dtype)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)     # a x + (b gram + c gram^2) x
+    return (x.mT if is_tall else x).to(m.dtype)
 
 
 class Muon(torch.optim.Optimizer):
@@ -32,6 +33,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
+            by_shape = {}                                    # matrices of one shape are made orthogonal together
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -40,6 +42,8 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(p)
                 momentum = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(momentum, group["momentum"]).flatten(1)
-                rows, columns = update.shape
-                update = orthogonalize(update) * max(1, rows / columns) ** 0.5
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.view_as(p), alpha=-group["lr"])
+                by_shape.setdefault(update.shape, []).append((p, update))
+            for (rows, columns), pairs in by_shape.items():
+                size = group["lr"] * max(1, rows / columns) ** 0.5
+                for (p, _), update in zip(pairs, orthogonalize(torch.stack([u for _, u in pairs]))):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.view_as(p), alpha=-size)
