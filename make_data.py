@@ -28,6 +28,7 @@ from tqdm import tqdm
 from ip2p.data import (find_pictures, keep_pictures, list_seeds, prompt_texts, read_json, read_jsonl, write_file, write_rows,
                        write_sheet)
 from ip2p.images import open_image, to_images, to_pixels
+from ip2p.stages import is_miniature
 from sample import Parser, choose_device, within
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
@@ -41,8 +42,6 @@ def main(args):
     if args.check:
         return check(args)
     args.device, args.dtype, args.torch_dtype = choose_device(args.device, args.dtype)
-    if args.device == "cuda":
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if args.calibrate:
         return calibrate(args)
     if args.filter_only and not any(args.out.glob("*/prompt.json")):
@@ -109,7 +108,7 @@ def draw_pairs(args):
     limits = choose_thresholds(args)
     told = {k: v for k, v in vars(args).items() if v not in (None, False) and k not in ("scratch", "torch_dtype")}
     print(" ".join(f"{k}={v}" for k, v in told.items()), limits, flush=True)
-    check_settings(args, limits)
+    begin_or_continue(args, limits)
     prompts = [(name, prompt) for name, prompt in prompts if not is_done(args.out / name, prompt)]
     judge = None if args.pairs_only else ClipSimilarity.load(args.clip, args.device)
 
@@ -146,7 +145,8 @@ def read_prompts(args):
 
 def choose_settings(args, own):
     """What was not given on the command line: the paper's, or the miniature's if the model says that it is one."""
-    for name, value in (MINIATURE if "ip2p.world" in str(own.get("data")) else PAPER).items():
+    args.miniature = is_miniature(own)
+    for name, value in (MINIATURE if args.miniature else PAPER).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     usual = own.get("cfg_text", 7.5)                                 # the paper's guidance is once to twice the usual
@@ -166,9 +166,9 @@ def choose_thresholds(args):
     return Thresholds(**given) if len(given) == 3 else replace(Thresholds.of(args.clip), **given)
 
 
-def check_settings(args, limits):
+def begin_or_continue(args, limits):
     """Store what decides on the pairs as OUT/settings.json; ValueError if OUT was begun with something else."""
-    drawn = ("seed", "steps", "n_samples", "min_p2p", "max_p2p", "min_cfg", "max_cfg", "control", "sampler", "dtype")
+    drawn = ("seed", "steps", "n_samples", "min_p2p", "max_p2p", "min_cfg", "max_cfg", "control", "sampler", "dtype", "miniature")
     new = {name: getattr(args, name) for name in drawn} | {"model": Path(args.model).name}
     new |= {"filter": None} if args.pairs_only else filter_settings(args, limits)
     path = args.out / "settings.json"
@@ -241,7 +241,7 @@ def filter_pairs(args):
     path = args.out / "settings.json"
     settings, again, judge = read_json(path) if path.exists() else None, args.clip is not None, None
     if not again:                                                    # a set without our settings is the published kind
-        args.clip = MINIATURE["clip"] if settings and settings["model"] == "mini-sd.safetensors" else PAPER["clip"]
+        args.clip = (MINIATURE if settings and settings.get("miniature") else PAPER)["clip"]
     limits, done, gone = choose_thresholds(args), Counter(prompts=0, samples=0, kept=0), 0
     print(f"out={args.out} clip={args.clip} max_out_samples={args.max_out_samples}", limits, flush=True)
     if settings:                                                     # a filter that was begun has to be ended

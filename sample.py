@@ -175,8 +175,8 @@ def check_output(output, paths, results):
 def choose_device(device, dtype):
     """Names of the device and dtype, by default of what exists, and torch's dtype. ValueError if there is no such device."""
     import torch
-    from ip2p.distributed import check_device
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    from ip2p.distributed import check_device, own_device
+    device = own_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     check_device(device)
     dtype = dtype or ("bf16" if device.startswith("cuda") else "fp32")
     return device, dtype, {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]

@@ -28,13 +28,12 @@ from ip2p import InstructPix2Pix, distributed
 from ip2p.checkpoint import load_checkpoint, save_checkpoint
 from ip2p.data import find_pairs
 from ip2p.distill import train_distill
-from ip2p.features import CachedPairs
+from ip2p.features import CachedPairs, hash_weights
 from ip2p.guidance import dropout_masks
 from ip2p.learn_edits import TRIPLES, train_edits
 from ip2p.lessons import data_batches, encoders, open_data, open_pairs, save_sheet, score_edits
 from ip2p.miniature import train_base, train_clip, train_scorer, train_vae
-from ip2p.stages import (Pool, diffusion_loss, draw_timesteps, history, is_cooling, is_miniature, recompute_stages, run,
-                         to_device)
+from ip2p.stages import Pool, diffusion_loss, draw_timesteps, history, is_cooling, is_miniature, run, to_device
 from ip2p.tensorfiles import read_state_dict
 from ip2p.training import seeded
 from ip2p.world import World
@@ -46,7 +45,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 # ---- defaults of the stages, and of the editor's presets
 
 ALWAYS = dict(accumulate=1, block=4096, lr=1e-3, optimizer="muon", warmup=100, cooldown=0.3, clip_norm=1.0, dtype="bf16",
-              offload=False, checkpointing=False, save_minutes=3.0, cfg_text=3.0)
+              offload=False, checkpointing=False, save_minutes=3.0, cfg_text=3.0, reuse=1)
 
 STAGES = {              # what made the shipped weights, but for base and scorer (README); a GPU has time for more
     "vae": ALWAYS | dict(steps=3400, batch_size=16, ema_decay=0.999),
@@ -95,25 +94,27 @@ def train_edit(args, base):
     unet, vae, text = base.unet.requires_grad_(True), base.vae, base.text.requires_grad_(args.train_text)
     model = nn.ModuleDict(dict(unet=unet, text=text) if args.train_text else dict(unet=unet))
     model.to(args.device, memory_format=args.layout)
-    vae.to(args.device), text.to(args.device)
-    recompute_stages(unet, args.checkpointing)
+    vae.to(args.device, memory_format=args.layout), text.to(args.device)
+    unet.recompute_blocks(args.checkpointing)
     predict = torch.compile(unet) if args.compile else unet
     world = World(args.device, args.subset)
     z, image_scale = vae.config.z_channels, vae.config.scale_factor if args.scale_image_latents else 1.0
 
     # Pairs of latents with instructions, or with their features.
     encode_pairs, encode_text, world_pairs = encoders(args, vae, text, world)
+    same = dict(start=hash_weights(unet.out))                             # else it is another run
     if args.data == "world":
         pairs, held_out = Pool(world_pairs, args), None
     else:
         data, held_out = open_data(args)
+        same["pairs"] = data.fingerprint(look=False)
         pairs = open_pairs(args, data, encode_pairs, encode_text, [vae, text])
     with torch.no_grad():
         null_context = encode_text([""])
 
     def encode_context(texts, drop):
         if torch.is_tensor(texts):
-            return torch.where(to_device(drop, args)[:, None, None], null_context, to_device(texts, args))
+            return torch.where(to_device(drop, args.device)[:, None, None], null_context, to_device(texts, args.device))
         with nullcontext() if args.train_text else torch.no_grad():
             return encode_text(["" if d else instruction for instruction, d in zip(texts, drop)])
 
@@ -127,10 +128,10 @@ def train_edit(args, base):
         noise = torch.randn(shape, generator=rng)
         spread = torch.randn(shape, generator=rng) if args.target == "sample" else torch.zeros(count, 1, 1, 1)
         drawn = t, noise, spread, drop_image & args.image_dropout
-        t, noise, spread, drop_image = (to_device(x[rows], args) for x in drawn)
-        mean, logvar = to_device(target, args).unbind(1)
+        t, noise, spread, drop_image = (to_device(x[rows], args.device) for x in drawn)
+        mean, logvar = to_device(target, args.device).unbind(1)
         x0 = (mean + (0.5 * logvar).exp() * spread) * vae.config.scale_factor
-        image_latents = image_scale * to_device(image_latents, args).masked_fill(drop_image[:, None, None, None], 0)
+        image_latents = image_scale * to_device(image_latents, args.device).masked_fill(drop_image[:, None, None, None], 0)
         with args.autocast():
             context = encode_context(texts, drop_text[rows])
             return diffusion_loss(predict, x0, context, t, noise, base.parameterization, image_latents), {}
@@ -157,7 +158,7 @@ def train_edit(args, base):
         with sampling():
             save_sheet(path, editor, world, held_out, args, count=6, per_kind=3)
 
-    record = run(args, model, loss_fn, sheet)
+    record = run(args, model, loss_fn, sheet, **same)
     if distributed.rank():
         return None
 
@@ -197,19 +198,22 @@ RESULTS = {"vae": "vae.safetensors", "clip": "mini-clip.safetensors", "base": "m
 
 def main(args):
     """One stage. Returns its record; None in processes other than the first."""
+    args.device = distributed.own_device(args.device)
     distributed.check_device(args.device)
     base = open_base(args) if args.stage in CHANGE else None
     args.data = args.data if base else "world"
     for name, value in defaults(args).items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    args.device = distributed.start(args.device)
+    distributed.start(args.device)
     check(args)
     args.out.mkdir(parents=True, exist_ok=True)
     distributed.say(" ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None))
     if base and args.data != "world":
         make_small_data(args)
-    args.layout = torch.channels_last if args.device.startswith("cuda") else torch.contiguous_format      # 1.3 x on a CPU
+    args.layout = torch.channels_last if args.device.startswith("cuda") else torch.contiguous_format
+    if args.device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")          # TF32: with PyTorch 1.11, that of the original, it was so by default
     args.autocast = lambda: torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.dtype == "bf16")
     torch.manual_seed(args.seed)                  # initial weights
     record = CHANGE[args.stage](args, base) if base else LEARN[args.stage](args, World(args.device, args.subset))
@@ -263,15 +267,23 @@ def open_base(args):
 
 
 def make_small_data(args):
-    """A data set to begin with, where there is none and none was asked for."""
-    if args.data == "data" and distributed.rank() == 0:
-        try:
-            find_pairs(args.data)
-        except ValueError:
-            print("no data set in data/: drawing a small one, of 24 captions, which takes a few minutes (python "
-                  "make_data.py draws a larger one; --data world learns from the toy world's true pairs)", flush=True)
-            make_pairs(args, "--out", "data", "--num-captions", 24, "--n-samples", 4)
+    """A data set to begin with, where there is none and none was asked for, or one that was begun so and stopped."""
+    unfinished = Path("data/.unfinished")
+    if args.data == "data" and distributed.rank() == 0 and (unfinished.exists() or not has_pairs(args.data)):
+        print("no data set in data/: drawing a small one, of 24 captions, which takes a few minutes (python make_data.py draws "
+              "a larger one; --data world learns from the toy world's true pairs)", flush=True)
+        unfinished.parent.mkdir(exist_ok=True)
+        unfinished.touch()
+        make_pairs(args, "--out", "data", "--num-captions", 24, "--n-samples", 4)
+        unfinished.unlink()
     distributed.wait_for_all()
+
+
+def has_pairs(folder):
+    try:
+        return bool(find_pairs(folder))
+    except ValueError:
+        return False
 
 
 def make_pairs(args, *flags):
@@ -314,17 +326,19 @@ def draw_own_pairs(args):
 
 def check(args):
     """ValueError for settings that cannot work."""
-    least = dict(steps=1, batch_size=1 if args.stage in CHANGE else 2, accumulate=1, pretrain_steps=0, block=args.batch_size,
-                 reuse=1, score_examples=1, views=int(args.stage == "distill"), keep=1, workers=0, num_captions=1)
-    for name, least in least.items():
+    minimum = dict(steps=1, batch_size=1 if args.stage in CHANGE else 2, accumulate=1, pretrain_steps=0, block=args.batch_size,
+                   reuse=1, score_examples=1, views=int(args.stage == "distill"), keep=1, workers=0, num_captions=1)
+    for name, least in minimum.items():
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-    for name in ("lr", "cooldown", "clip_norm", "cfg_text", "cfg_image", "save_minutes", "sheet_minutes"):
-        if not 0 <= (value := getattr(args, name)) < math.inf:
+    for name in ("lr", "warmup", "cooldown", "clip_norm", "cfg_text", "cfg_image", "minutes", "save_minutes", "sheet_minutes"):
+        if (value := getattr(args, name)) is not None and not 0 <= value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} must be a finite number, not below zero, got {value}")
     if not 8 <= args.crop <= 128 or args.crop % 8:
         raise ValueError(f"--crop must be a multiple of 8 up to 128, got {args.crop}")
+    if not 0 <= args.ema_decay < 1:
+        raise ValueError(f"--ema-decay must be in 0..1, and below 1, got {args.ema_decay}")
     if not 0 <= args.dropout <= 1 / 3:
         raise ValueError(f"--dropout must be in 0..1/3, got {args.dropout}")
     if args.max_resize is not None and args.max_resize < args.size:
@@ -356,7 +370,9 @@ def run_command(argv=None):
         return 0
     except (ValueError, OSError) as error:
         print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
-    except torch.cuda.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in f"{error!r}".lower():
+            raise
         print("train.py: out of memory; try more parts (--accumulate), --checkpointing, --offload or a smaller --preset",
               file=sys.stderr)
     return 2
@@ -369,7 +385,7 @@ def parse(argv=None):
     stages, own = [*LEARN, *CHANGE, "all"], "(default: the stage's or the preset's own)"
     flag("--stage", choices=stages, default="edit", help="what to train (default: %(default)s)")
     flag("--out", type=Path, default=Path("runs"), help="folder of the runs (default: %(default)s)")
-    flag("--seed", type=int, default=0, help="default: %(default)s")
+    flag("--seed", type=int, default=0, help="of initial weights, noise and examples (default: %(default)s)")
     flag("--steps", type=int, help=f"optimiser steps in all; may be changed when resuming {own}")
     flag("--minutes", type=float, help="stop after so many minutes; repeat the command to go on (default: never)")
     flag("--batch-size", type=int, help=f"examples a step, over all parts and processes {own}")
@@ -390,7 +406,8 @@ def parse(argv=None):
     flag("--sheet-minutes", type=float, default=10.0, help="minutes between sample sheets (default: %(default)s)")
     flag("--save-minutes", type=float, help=f"minutes between checkpoints {own}")
     flag("--keep", type=int, default=2, help="how many checkpoints (default: %(default)s)")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="such as cpu, cuda or cuda:1 "
+         "(default: %(default)s)")
 
     editor = parser.add_argument_group("the editor")
     flag = editor.add_argument
@@ -418,7 +435,7 @@ def parse(argv=None):
          "are, for an --init that did; the result takes unscaled ones like any other (default: no)")
     flag("--checkpointing", action=switch, help=f"compute the UNet's blocks again for their gradients, to save memory {own}")
     flag("--offload", action=switch, help=f"keep the optimiser's state and the averaged weights in the CPU's memory {own}")
-    flag("--compile", action="store_true", help="torch.compile the UNet")
+    flag("--compile", action="store_true", help="torch.compile the UNet (default: no)")
     flag("--freeze", nargs="*", metavar="NAME", help="distill: weights of the UNet whose names begin so stay the teacher's "
          f"{own}")
 

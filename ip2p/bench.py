@@ -233,7 +233,7 @@ def main(argv=None):
     flag("--batch-size", type=int, nargs="+",
          help="pictures, pairs or examples at a time (default: 1; train 16, pairs 8, growth 1 2 4 8 16 32)")
     flag("--steps", type=int, nargs="+", help="of the sampler (default: 20; pairs 10; growth 5 10 20 40)")
-    flag("--cfg-text", type=float, default=7.5, help="default: %(default)s")
+    flag("--cfg-text", type=float, default=7.5, help="text guidance (default: %(default)s)")
     flag("--cfg-image", type=float, nargs="+", default=[1.5, 1.0],
          help="edit: 1 saves one of three evaluations (default: 1.5 1)")
     flag("--workers", type=int, nargs="+", default=[1, 2, 4], help="growth: processes that share out edits (default: 1 2 4)")
@@ -241,7 +241,8 @@ def main(argv=None):
          help="train: compute the UNet's blocks again for their gradients (default: off)")
     flag("--compile", action="store_true", help="edit: with torch.compile too; train: with it only (default: off)")
     flag("--repeats", type=int, default=7, help="calls of each that count, after one that does not (default: %(default)s)")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+         help="such as cpu, cuda or cuda:1 (default: %(default)s)")
     flag("--dtype", choices=DTYPES, default="fp32",
          help="of weights and arithmetic; train: of the arithmetic, on float32 weights (default: %(default)s)")
     args = p.parse_args(argv)

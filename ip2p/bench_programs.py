@@ -7,7 +7,6 @@ batches of its loader.
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from .checkpoint import Parts
 from .guidance import dropout_masks
 from .pipeline import InstructPix2Pix
 from .prompt_to_prompt import AttentionControl, ControlledRun, control_pairs
-from .stages import diffusion_loss, draw_timesteps, encode, recompute_stages, to_device
+from .stages import diffusion_loss, draw_timesteps, encode, to_device
 from .text import TextEncoder, import_open_clip
 from .training import EMA, make_optimizers, seeded
 from .unet import UNet, UNetConfig
@@ -203,7 +202,7 @@ def draws(number, args, shape):
     """Timesteps, and noise for the step and for the latents' spread."""
     rng = seeded(0, number)
     t, noise, spread = draw_timesteps("uniform", args.batch_size, rng), *torch.randn(2, *shape, generator=rng)
-    return (to_device(x, args) for x in (t, noise, spread))
+    return (to_device(x, args.device) for x in (t, noise, spread))
 
 
 def train_by_ip2p(folder, args, cached):
@@ -212,20 +211,20 @@ def train_by_ip2p(folder, args, cached):
     model = InstructPix2Pix.load(folder, args.device)
     layout = torch.channels_last if gpu else torch.contiguous_format
     unet, vae, text = model.unet.to(memory_format=layout).requires_grad_(True).train(), model.vae, model.text
-    recompute_stages(unet, args.checkpointing)
+    unet.recompute_blocks(args.checkpointing)
     predict = torch.compile(unet) if args.compile else unet
     optimizer, = make_optimizers(unet, "adamw", LR)
     ema, weights = EMA(unet), list(unet.parameters())
     B, (before, after, instructions) = args.batch_size, examples(args)
-    told = SimpleNamespace(device=args.device, autocast=lambda: autocast(args))
 
     @torch.no_grad()
     def encode_text(texts):
         with autocast(args):
-            return text(to_device(model.tokenizer(texts), args))
+            return text(to_device(model.tokenizer(texts), args.device))
 
     def encode_pairs():
-        latents = encode(vae, torch.cat([before, after]), told)
+        with autocast(args):
+            latents = encode(vae, torch.cat([before, after]))
         return latents[:B, 0], latents[B:]
 
     if cached:
@@ -238,14 +237,14 @@ def train_by_ip2p(folder, args, cached):
         drop_text, drop_image = dropout_masks(B, DROPOUT, seeded(2, number))
         if cached:
             image_latents, target, context = (x.float() for x in kept)
-            context = torch.where(to_device(drop_text, args)[:, None, None], null_context, context)
+            context = torch.where(to_device(drop_text, args.device)[:, None, None], null_context, context)
         else:
             image_latents, target = encode_pairs()
             context = encode_text(["" if d else text for text, d in zip(instructions, drop_text)])
         mean, logvar = target.unbind(1)
         t, noise, spread = draws(number, args, mean.shape)
         x0 = (mean + (0.5 * logvar).exp() * spread) * vae.config.scale_factor
-        image_latents = image_latents.masked_fill(to_device(drop_image, args)[:, None, None, None], 0)
+        image_latents = image_latents.masked_fill(to_device(drop_image, args.device)[:, None, None, None], 0)
         with autocast(args):
             loss = diffusion_loss(predict, x0, context, t, noise, model.parts.parameterization, image_latents)
         loss.backward()

@@ -46,10 +46,12 @@ class CUDAGraphed:
 
     def _record(self, inputs):
         graph, self.inputs = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
+        stream = torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):           # other threads may use the GPU meanwhile
                 self.output = self.function(*self.inputs)
             self.graph = graph
         except RuntimeError as error:
+            torch.cuda.set_stream(stream)                      # which a recording that fails at its end does not give back
             reason = (str(error).strip().splitlines() or [""])[0]
             print(f"note: no CUDA graph, steps are run as usual ({reason})", file=sys.stderr)

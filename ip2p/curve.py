@@ -13,11 +13,9 @@ from tqdm import tqdm
 
 from .clip_filter import ClipSimilarity
 from .data import find_pairs, prompt_texts, read_json
-from .guidance import text_denoiser
 from .images import open_image, to_images, to_pixels
-from .inversion import sdedit
+from .inversion import invert, sdedit
 from .pipeline import InstructPix2Pix
-from .samplers import ddim_invert
 from .tables import decimal, print_table, write_rows
 from .tensorfiles import replacing
 from .world import KINDS, SIZE, World
@@ -53,7 +51,8 @@ def evaluate_curve(args):
 
     def p2p(b, share):
         if b.start not in inverted:
-            inverted[b.start] = invert(base, before[b], captions[b], args.steps)
+            z = base.encode(before[b]) * base.vae.config.scale_factor
+            inverted[b.start] = invert(base, z, captions[b], args.steps, progress=False)[-1]
         n = len(captions[b])
         return base.draw_pairs(captions[b], edited[b], [args.seed] * n, [share] * n, [base_text] * n, steps=args.steps,
                                sampler="ddim", control="cross-attention", x_T=inverted[b.start])[1]
@@ -75,14 +74,6 @@ def evaluate_curve(args):
                  for row in rows])
     if args.plot:
         plot(plt, rows, args.plot)
-
-
-@torch.no_grad()
-def invert(model, pixels, captions, steps):
-    """The noise that DDIM under their captions leads back to pictures (B, 3, H, W): (B, z, h, w)."""
-    z = model.vae.encode(pixels.to(model.device, model.dtype)).mode().float() * model.vae.config.scale_factor
-    denoise = text_denoiser(model.predict, model.encode_text(captions), model.encode_text([""]), 1.0)
-    return ddim_invert(denoise, z, steps, model.alphas_cumprod)[-1]
 
 
 # ---- edits: (before, after, instructions, captions, edited captions), pixels (B, 3, size, size) in [-1, 1]

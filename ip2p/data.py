@@ -88,18 +88,19 @@ class PairedDataset(torch.utils.data.Dataset):
                 complaints.append(str(error))
         raise ValueError(f"no pair can be read; the first: {complaints[0]}" if complaints else "a data set without pairs")
 
-    def fingerprint(self) -> str:
-        """A hash of what the examples depend on: the settings, the instructions, and names, sizes and times of the files."""
+    def fingerprint(self, look=True) -> str:
+        """A hash of what the examples depend on: the settings, the instructions and names of the files; look: and what their
+        sizes and times are."""
         found = hashlib.sha256(repr((self.prompts, self.sizes, self.crop_res, self.flip_prob, self.seed)).encode())
         for i in self.prompts:
-            found.update(repr([[_describe(part) for part in pair] for pair in self.pairs[i]]).encode())
+            found.update(repr([[_describe(part, look) for part in pair] for pair in self.pairs[i]]).encode())
         return found.hexdigest()
 
 
-def _describe(part):
+def _describe(part, look):
     """What tells a picture or an instruction from any that could take its place."""
     if isinstance(part, Path):
-        stat = part.stat() if part.exists() else None
+        stat = part.stat() if look and part.exists() else None
         return f"{part.parent.name}/{part.name}", stat and (stat.st_size, stat.st_mtime_ns)
     return hashlib.sha256(part.getvalue()).hexdigest() if isinstance(part, EncodedPicture) else part
 

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from . import distributed
 from .checkpoint import save_checkpoint
+from .features import hash_weights
 from .guidance import guidance_condition, instruct_denoiser
 from .lessons import encoders, open_data, open_pairs, save_sheet, score_edits
 from .pipeline import InstructPix2Pix
 from .samplers import ddim_sample, ddim_timesteps
-from .stages import Pool, alphas_on, history, is_miniature, recompute_stages, run, to_device
+from .stages import Pool, alphas_on, history, is_miniature, run, to_device
 from .training import seeded
 from .unet import UNet
 from .world import World
@@ -78,21 +79,22 @@ def landing_loss(student: UNet, parameterization: str, alphas_cumprod: Tensor, s
 
 def train_distill(args, base):
     """A copy of the editor `base` learns to do in few unguided steps what `base` does in several guided ones."""
-    args.freeze = tuple(args.freeze)
-    vae, text, world = base.vae.to(args.device), base.text.to(args.device), World(args.device, args.subset)
+    vae, text = base.vae.to(args.device, memory_format=args.layout), base.text.to(args.device)
+    world = World(args.device, args.subset)
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    teacher = InstructPix2Pix(replace(base, unet=copy.deepcopy(base.unet).to(args.device, dtype)))
+    teacher = InstructPix2Pix(replace(base, unet=copy.deepcopy(base.unet).to(args.device, dtype, memory_format=args.layout)))
     student = make_student(base.unet).to(args.device, memory_format=args.layout)
-    recompute_stages(student, args.checkpointing)
+    student.recompute_blocks(args.checkpointing)
     for name, weight in student.named_parameters():
-        weight.requires_grad_(not name.startswith(args.freeze))
+        weight.requires_grad_(not name.startswith(tuple(args.freeze)))
     predict = torch.compile(student) if args.compile else student
 
     # Edits of the teacher's, at scales from 1 to as far above its own.
     encode_pairs, encode_text, world_pairs = encoders(args, vae, text, world)
-    held_out = None
+    held_out, same = None, dict(start=hash_weights(base.unet.out))
     if args.data != "world":
         data, held_out = open_data(args)
+        same["pairs"] = data.fingerprint(look=False)
         pairs = open_pairs(args, data, encode_pairs, encode_text, [vae, text])
     with torch.no_grad():
         null_context = encode_text([""])
@@ -100,25 +102,26 @@ def train_distill(args, base):
     @torch.no_grad()
     def draw(start, count):
         if held_out:
-            image_latents, _, context = (to_device(x, args) for x in pairs.batch(0, slice(start, start + count)))
+            rows = pairs.batch(0, slice(start, start + count))               # of a cache, whose first step is any number of them
+            image_latents, _, context = (to_device(x, args.device) for x in rows)
         else:
             image_latents, _, instructions = world_pairs(start, count)
             context = encode_text(instructions)
         rng = seeded(args.seed, 1, start)
         noise = torch.randn(image_latents.shape, generator=rng)
         scales = [1 + 2 * (own - 1) * torch.rand(count, generator=rng) for own in (args.cfg_text, args.cfg_image)]
-        noise, *scales = (to_device(x, args) for x in (noise, *scales))
+        noise, *scales = (to_device(x, args.device) for x in (noise, *scales))
         states = draw_trajectories(teacher, image_latents, context, null_context.expand(count, -1, -1), *scales, noise)
         return image_latents, context, *scales, states
 
     pool, halvings = Pool(draw, args), TEACHER_STEPS.bit_length()
 
     def loss_fn(step, rows):
-        image_latents, context, cfg_text, cfg_image, states = (to_device(x, args) for x in pool.batch(step, rows))
+        image_latents, context, cfg_text, cfg_image, states = (to_device(x, args.device) for x in pool.batch(step, rows))
         rng = seeded(args.seed, step)
         reach = TEACHER_STEPS // 2 ** torch.randint(halvings, (args.batch_size,), generator=rng)     # teacher's steps in one
         first = reach * (torch.rand(args.batch_size, generator=rng) * (TEACHER_STEPS // reach)).long()
-        first, last = (to_device(x[rows], args) for x in (first, first + reach))
+        first, last = (to_device(x[rows], args.device) for x in (first, first + reach))
         with args.autocast():
             return landing_loss(predict, base.parameterization, alphas_on(args.device), states, first, last, image_latents,
                                 context, cfg_text, cfg_image), {}
@@ -129,7 +132,7 @@ def train_distill(args, base):
     def sheet(path, count=6, per_kind=3):
         save_sheet(path, editor, world, held_out, args, count, per_kind)
 
-    record = run(args, student, loss_fn, sheet)
+    record = run(args, student, loss_fn, sheet, **same)
     if distributed.rank():
         return None
     sheet(args.out / args.stage / "sheet-final.png", count=24, per_kind=min(6, args.score_examples))

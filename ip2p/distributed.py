@@ -19,16 +19,19 @@ def check_device(device: str):
         raise ValueError(f"--device {device} cannot be used here ({reason}); there is {', '.join(usable)}") from None
 
 
-def start(device: str) -> str:
-    """Joins the processes that torchrun started. Returns this one's device."""
+def own_device(device: str) -> str:
+    """Of "cuda" the GPU that is this process's own, should torchrun have started several; else the device."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+
+
+def start(device: str):
+    """Joins the processes that torchrun started, this one with its own device."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
-        return device
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        return
+    if device.startswith("cuda"):
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     dist.init_process_group(backend, timeout=timedelta(days=1))         # the others wait while the first fills a cache
-    return device
 
 
 def rank() -> int:

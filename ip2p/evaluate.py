@@ -1,4 +1,4 @@
-"""Scores that do not guess: the miniature world knows the true edited picture.
+"""Scores: by the truth, where the miniature world knows the edited picture, and by CLIP.
 
     python -m ip2p.evaluate edits            # is done what was asked, and nothing else? by kind, on held-out scenes
     python -m ip2p.evaluate pictures         # do pictures made from captions show what these say?
@@ -15,9 +15,10 @@ import torch
 from tqdm import tqdm
 
 from .clip_filter import ClipSimilarity, Thresholds
-from .curve import evaluate_curve, invert
+from .curve import evaluate_curve
 from .distributed import check_device
 from .images import contact_sheet, save_image, to_images
+from .inversion import invert
 from .pipeline import InstructPix2Pix
 from .tables import decimal, percent, print_table, write_rows
 from .truth import FIXED, evaluate_edits, evaluate_pictures, psnr, through, unchanged
@@ -49,7 +50,8 @@ def evaluate_pairs(args):
     captions, edited = [e.caption for e in examples], [e.edited_caption for e in examples]
     same = unchanged(before, after)
     batches = [range(i, min(i + args.batch_size, args.count)) for i in range(0, args.count, args.batch_size)]
-    x_T = torch.cat([invert(model, before[list(b)], captions[b.start:b.stop], args.steps)
+    scale = model.vae.config.scale_factor
+    x_T = torch.cat([invert(model, scale * model.encode(before[list(b)]), captions[b.start:b.stop], args.steps, progress=False)[-1]
                      for b in tqdm(batches, desc="inversion")])
     floor = through(model.vae, after)
 
@@ -91,6 +93,9 @@ def check(args):
     for name, least in (("count", 1 if args.what in ("pairs", "curve") else 2), ("batch_size", 1)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+    for name in ("json", "plot", "sheet"):
+        if path := getattr(args, name, None):
+            path.parent.mkdir(parents=True, exist_ok=True)                    # or it ends here, and not after the work
     check_device(args.device)
 
 
@@ -105,7 +110,14 @@ def run_command(argv=None):
         return 0
     except (ValueError, OSError) as error:
         print(f"ip2p.evaluate: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in f"{error!r}".lower():
+            raise
+        print("ip2p.evaluate: out of memory; try a smaller --batch-size, or --dtype bf16", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\nip2p.evaluate: stopped", file=sys.stderr)
+        return 130
+    return 2
 
 
 def parse(argv=None):
@@ -120,9 +132,10 @@ def parse(argv=None):
         flag = sub.add_argument
         flag("--count", type=int, default=count, help=f"{of_what} (default: %(default)s)")
         flag("--batch-size", type=int, default=16, help="pictures made at a time (default: %(default)s)")
-        flag("--seed", type=int, default=0, help="default: %(default)s")
+        flag("--seed", type=int, default=0, help="of the examples and the noise (default: %(default)s)")
         flag("--json", type=Path, help="a file for the rows, as jsonl (default: none)")
-        flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+        flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+             help="such as cpu, cuda or cuda:1 (default: %(default)s)")
         flag("--dtype", choices=DTYPES, default="fp32", help="of the models; bf16 is faster (default: %(default)s)")
         return flag
 
@@ -132,7 +145,7 @@ def parse(argv=None):
                    "edits, half of each held-out split, the same number of each kind")
     flag("--model", nargs="+", default=[editor],
          help="editors of the miniature world; several give a row each (default: weights/mini-ip2p.safetensors)")
-    flag("--scorer", default=scorer, help="default: weights/mini-scorer.safetensors")
+    flag("--scorer", default=scorer, help="what reads the pictures (default: weights/mini-scorer.safetensors)")
     flag("--steps", **several)
     flag("--cfg-text", type=float, help="text guidance (default: each model's own)")
     flag("--cfg-image", type=float, help="image guidance (default: each model's own)")
@@ -142,7 +155,7 @@ def parse(argv=None):
                    "captions, half of each held-out split")
     flag("--model", default=base,
          help="a text-to-image model of the miniature world (default: weights/mini-sd.safetensors)")
-    flag("--scorer", default=scorer, help="default: weights/mini-scorer.safetensors")
+    flag("--scorer", default=scorer, help="what reads the pictures (default: weights/mini-scorer.safetensors)")
     flag("--steps", **several)
     flag("--cfg-text", type=float, help="text guidance (default: the model's own)")
 
@@ -166,7 +179,7 @@ def parse(argv=None):
     flag("--model", default=base,
          help="a text-to-image model of the miniature world (default: weights/mini-sd.safetensors)")
     flag("--clip", default=clip, help="the filter (default: weights/mini-clip.safetensors)")
-    flag("--controls", choices=CONTROLS, nargs="+", default=CONTROLS, help="default: both")
+    flag("--controls", choices=CONTROLS, nargs="+", default=CONTROLS, help="what is shared (default: both)")
     flag("--shares", type=float, nargs="+", default=[i / 10 for i in range(1, 10)],
          help="of the steps (default: .1 to .9)")
     flag("--steps", type=int, default=20, help="of the sampler (default: %(default)s)")

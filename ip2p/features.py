@@ -196,8 +196,8 @@ class CachedPairs:
 
 
 def hash_weights(module: torch.nn.Module) -> str:
-    """Of names and numbers, whatever the device."""
-    found = hashlib.sha256()
+    """Of its configuration, names and numbers, whatever the device."""
+    found = hashlib.sha256(repr(getattr(module, "config", None)).encode())
     for name, tensor in module.state_dict().items():
         found.update(name.encode())
         found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

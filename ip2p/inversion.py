@@ -46,9 +46,10 @@ def sdedit(model: InstructPix2Pix, image: Image.Image, prompt: str, *, strength=
 
 
 @torch.no_grad()
-def invert(model: InstructPix2Pix, z: Tensor, prompt: str, steps: int = 50, progress=True) -> list[Tensor]:
-    """DDIM inversion of latents under their prompt, without guidance: steps + 1 latents, z first and the noise last."""
-    denoise = text_denoiser(model.predict, model.encode_text([prompt]), model.encode_text([""]), cfg_text=1.0)
+def invert(model: InstructPix2Pix, z: Tensor, prompts: list[str], steps: int = 50, progress=True) -> list[Tensor]:
+    """DDIM inversion of latents (B, z, h, w) under a prompt each, without guidance: steps + 1 latents, z first and the noise
+    last."""
+    denoise = text_denoiser(model.predict, model.encode_text(prompts), model.encode_text([""]), cfg_text=1.0)
     return ddim_invert(denoise, z, steps, model.alphas_cumprod, progress)
 
 
@@ -99,7 +100,7 @@ class InvertedPicture:
         z = encode_picture(model, image, size)
         self.nulls = [model.encode_text([""])] * steps
         with model.working(model.unet):
-            self.latents = invert(model, z, source_prompt, steps, progress)
+            self.latents = invert(model, z, [source_prompt], steps, progress)
             if optimize:
                 self.nulls = null_text(model, self.latents, source_prompt, cfg_text=cfg_text, inner_steps=inner_steps,
                                        progress=progress)

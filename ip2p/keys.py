@@ -54,10 +54,10 @@ def _unet_pairs(attention_levels, num_res_blocks):
 
     res_block("middle_block.0", "mid_block.resnets.0")
     res_block("middle_block.2", "mid_block.resnets.1")
-    stages = num_res_blocks + 1               # a level: going down, its blocks and a Downsample; going up, one block more
+    per_level = num_res_blocks + 1            # blocks: going down, its blocks and a Downsample; going up, one block more
     for i, attention in enumerate(reversed(attention_levels)):
-        for j in range(stages):
-            down, up = f"input_blocks.{i * stages + j + 1}", f"output_blocks.{i * stages + j}"
+        for j in range(per_level):
+            down, up = f"input_blocks.{i * per_level + j + 1}", f"output_blocks.{i * per_level + j}"
             res_block(f"{down}.0", f"down_blocks.{i}.resnets.{j}")
             res_block(f"{up}.0", f"up_blocks.{i}.resnets.{j}")
             pairs.append((f"{down}.1", f"down_blocks.{i}.attentions.{j}"))

@@ -30,7 +30,6 @@ def train_edits(args, world):
     that it learns to repeat what it does not know. The world's own instructions are not used.
     """
     triples = read_triples(args.triples)
-    args.learns_from = hashlib.sha256(json.dumps([triples, str(args.base)]).encode()).hexdigest()       # a setting of the run
     if args.base:
         writer = EditWriter.load(args.base, args.device)
         model, encoding = writer.model.requires_grad_(True), writer.encoding
@@ -79,7 +78,8 @@ def train_edits(args, world):
         with args.autocast():
             return (captions_loss if step < first else triples_loss)(step), {}
 
-    record = run(args, model, loss_fn)
+    learns_from = hashlib.sha256(json.dumps([triples, str(args.base)]).encode()).hexdigest()
+    record = run(args, model, loss_fn, learns_from=learns_from)
     record |= dict(triples=len(triples), verbatim=not readable, pretrain_steps=first,
                    scores=score_writer(writer, world, args), encoding=pack_encoding(encoding))
     save_gpt(model, args.out / "mini-gpt.safetensors", record, dtype=torch.float16)

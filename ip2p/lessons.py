@@ -20,11 +20,12 @@ def encoders(args, vae, text, world):
     tokenizer = Tokenizer(text.config)
 
     def encode_pairs(before, after):
-        latents = encode(vae, to_device(torch.cat([before, after]), args), args)
+        with args.autocast():
+            latents = encode(vae, to_device(torch.cat([before, after]), args.device))
         return latents[:len(before), 0], latents[len(before):]
 
     def encode_text(texts):
-        return text(to_device(tokenizer(texts), args))
+        return text(to_device(tokenizer(texts), args.device))
 
     def world_pairs(start, count, split="train"):
         before, after, edits = world.pairs(args.seed + 3, start, count, split, LESSONS if split == "train" else None)

@@ -120,7 +120,7 @@ UNET = UNetConfig(in_channels=VAE.z_channels, out_channels=VAE.z_channels, model
 
 def train_base(args, world):
     """Text to picture: v-prediction, a tenth of the captions dropped; the text tower goes on learning with the UNet."""
-    vae = load_vae(args.out / "vae.safetensors").to(args.device)
+    vae = load_vae(args.out / "vae.safetensors").to(args.device, memory_format=args.layout)
     if args.init:
         begun = load_checkpoint(args.init)
         unet, text = begun.unet.requires_grad_(True), begun.text.requires_grad_(True)
@@ -135,7 +135,8 @@ def train_base(args, world):
 
     def draw(start, count, split="train"):
         pixels, captions = world.pictures(args.seed + 2, start, count, split)
-        return encode(vae, pixels, args)[:, 0] * vae.config.scale_factor, captions
+        with args.autocast():
+            return encode(vae, pixels)[:, 0] * vae.config.scale_factor, captions
 
     pool = Pool(draw, args)
 
@@ -146,8 +147,8 @@ def train_base(args, world):
         drop = torch.rand(count, generator=rng) < dropout
         t = draw_timesteps(timesteps, count, rng, is_cooling(step, args))
         noise = torch.randn(count, *x0.shape[1:], generator=rng)
-        x0, t, noise = (to_device(x, args) for x in (x0, t[rows], noise[rows]))
-        ids = to_device(tokenizer(["" if d else c for c, d in zip(captions, drop[rows])]), args)
+        x0, t, noise = (to_device(x, args.device) for x in (x0, t[rows], noise[rows]))
+        ids = to_device(tokenizer(["" if d else c for c, d in zip(captions, drop[rows])]), args.device)
         with args.autocast():
             return diffusion_loss(unet, x0, text(ids), t, noise, "v"), {}
 

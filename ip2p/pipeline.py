@@ -129,7 +129,7 @@ class InstructPix2Pix:
         size: the long side in the model, rounded to `size_multiple`; the model's own if None.
         x_T: the noise to start from instead, (results, z, h, w) of unit variance, if all pictures have one size.
         Returns the pictures at the size they were made at, `num_images` of each input in a row. A blank instruction
-        gives the picture back through the autoencoder. Raises ValueError for what cannot be done.
+        gives the picture back through the autoencoder, as in the original. Raises ValueError for what cannot be done.
         """
         if not self.is_editor:
             raise ValueError(f"this model's UNet takes {self.unet.config.in_channels} channels: it makes pictures from text "
@@ -153,30 +153,35 @@ class InstructPix2Pix:
         results = [None] * len(images)
         for width, height, told in dict.fromkeys(kinds):                  # pictures of one kind make one batch
             batch = [i for i, kind in enumerate(kinds) if kind == (width, height, told)]
-            latents = self.encode(torch.stack([to_pixels(images[i], width, height) for i in batch]))
-            latents = latents.repeat_interleave(num_images, 0)
-            z = latents * self.vae.config.scale_factor                    # the UNet sees image latents without this factor
+            image_latents = self.encode(torch.stack([to_pixels(images[i], width, height) for i in batch]))
+            image_latents = image_latents.repeat_interleave(num_images, 0)
+            z = image_latents * self.vae.config.scale_factor
             if told:
                 texts = [prompts[i] for i in batch for _ in range(num_images)]
-                context = self.encode_text(texts)
-                if self.is_distilled:                                     # it has learned what guidance does: one branch is left
-                    condition = guidance_condition(cfg_text, cfg_image, steps).to(self.device)
-                    predict, scales, options = partial(self.predict, condition=condition), (1, 1), dict(spacing="trailing")
-                    null = context                                        # not looked at
-                else:
-                    predict, scales, options = self.predict, (cfg_text, cfg_image), {}
-                    null = self._null(negative_prompt, len(texts))
-                with self.working(self.unet):
-                    denoise = instruct_denoiser(predict, context, null, latents, *scales, self.read_text,
-                                                one_by_one=self.low_memory)
-                    if self.device.type == "cuda" and steps > 4:          # recording takes as long as a few steps do
-                        denoise = CUDAGraphed(denoise)
-                    z = self._sample(denoise, z.shape, steps, sampler, _seeds(seed, num_images, len(texts)), x_T, eta,
-                                     progress, **options)
+                z = self.edit_latents(image_latents, texts, cfg_text, cfg_image, steps=steps, sampler=sampler,
+                                      negative_prompt=negative_prompt, seeds=_seeds(seed, num_images, len(texts)), x_T=x_T,
+                                      eta=eta, progress=progress)
             pictures = to_images(self.decode(z))
             for j, i in enumerate(batch):
                 results[i] = pictures[j * num_images:(j + 1) * num_images]
         return [picture for row in results for picture in row]
+
+    @torch.no_grad()
+    def edit_latents(self, image_latents: Tensor, texts: list[str], cfg_text: float, cfg_image: float, *, steps, sampler="ddim",
+                     negative_prompt="", seeds, x_T=None, eta=0.0, progress=False) -> Tensor:
+        """Clean latents (B, z, h, w) of B edits, for `decode`. image_latents: (B, z, h, w), unscaled, as `encode` gives them
+        and the UNet takes them; seeds: B numbers; the rest as in `edit`."""
+        context, null = self.encode_text([*texts, negative_prompt]).split([len(texts), 1])
+        if self.is_distilled:                                             # it has learned what guidance does: one branch is left
+            condition = guidance_condition(cfg_text, cfg_image, steps).to(self.device)
+            predict, scales, options = partial(self.predict, condition=condition), (1, 1), dict(spacing="trailing")
+        else:
+            predict, scales, options = self.predict, (cfg_text, cfg_image), {}
+        with self.working(self.unet):
+            denoise = instruct_denoiser(predict, context, null.expand_as(context), image_latents, *scales, self.read_text, one_by_one=self.low_memory)
+            if self.device.type == "cuda" and steps > 4:                  # recording takes as long as a few steps do
+                denoise = CUDAGraphed(denoise)
+            return self._sample(denoise, image_latents.shape, steps, sampler, seeds, x_T, eta, progress, **options)
 
     @torch.no_grad()
     def generate(self, prompts, *, steps=20, sampler="ddim", cfg_text=7.5, negative_prompt="", seed=0, num_images=1, size=None,
@@ -237,7 +242,7 @@ class InstructPix2Pix:
         with self.working(self.unet):
             denoisers = cycle([text_denoiser(predict, context, null, cfg_text, read_text) for null in by_step])
             return self._sample(lambda x, t: next(denoisers)(x, t), shape, steps, sampler, seeds, x_T, eta, progress,
-                                after_step=run and run.after_step, **{"first": first} if first else {})
+                                after_step=run and run.after_step, **{"first": first} if first else {})     # DDIM's own
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:

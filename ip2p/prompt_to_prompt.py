@@ -51,19 +51,14 @@ def _bare(word):
     return word[letters[0]:letters[-1] + 1].casefold() if letters else word
 
 
-def replacement_mapper(source: str, target: str, tokenizer: Tokenizer) -> Tensor:
+def replacement_mapper(source: str, target: str, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
     """Weight [i, j] of source token i's map in the map of target token j, as Prompt-to-Prompt's AttentionReplace has it.
 
-    Returns (M, M), M = 77 or the model's own context length. A word that stays keeps its maps. A word that was replaced
-    hands its maps on, token by token, or 1 / n of them to each of n tokens where the numbers differ. After the last
-    change the original maps each position to itself. It needs prompts of as many words; where they are not, words are
-    aligned here, and the columns of words without a counterpart are zero.
+    Returns (M, M) weights, M = 77 or the model's own context length, and which target tokens have no counterpart, (M,) bool.
+    A word that stays keeps its maps. A word that was replaced hands its maps on, token by token, or 1 / n of them to each of
+    n tokens where the numbers differ. After the last change the original maps each position to itself. It needs prompts of
+    as many words; where they are not, words are aligned here, and the columns of words without a counterpart are zero.
     """
-    return _replacement(source, target, tokenizer)[0]
-
-
-def _replacement(source, target, tokenizer):
-    """The mapper, and which target tokens have no counterpart, (M,) bool."""
     M = tokenizer.config.context_length
     mapper, new = torch.zeros(M, M), torch.zeros(M, dtype=torch.bool)
     xs, ys = word_spans(source, tokenizer), word_spans(target, tokenizer)
@@ -156,7 +151,8 @@ class AttentionControl:
     cross_steps: (T, R, M), the share (alpha) of the new map in each token's. None, all three: cross-attention stays.
     self_side: self-attention is borrowed in layers of up to this many by as many pixels, and of more in proportion where
     latents are larger than 64 x 64; None: in all. unconditional: whether the unconditional prediction borrows too.
-    blend: (R, M) tokens that a `LocalBlend` looks at, those that it subtracts, and itself.
+    blend: keeps the change to where words are; blend_tokens: 1 at these words' tokens, (R, M), and at those of the words
+    that it subtracts, if any.
     """
     source: Tensor
     self_steps: Tensor
@@ -165,7 +161,8 @@ class AttentionControl:
     cross_steps: Tensor | None = None
     self_side: int | None = None
     unconditional: bool = False
-    blend: tuple[Tensor, Tensor | None, LocalBlend] | None = None
+    blend: LocalBlend | None = None
+    blend_tokens: tuple[Tensor, Tensor | None] = (None, None)
 
 
 def share_self_attention(source: Sequence[int], shares: Sequence[float], num_steps: int) -> AttentionControl:
@@ -211,7 +208,7 @@ def prompt_to_prompt(tokenizer: Tokenizer, prompts: Sequence[str], num_steps: in
             indices, alphas = refinement_mapper(a, b, tokenizer)
             from_source[r, indices, torch.arange(M)], own[r] = alphas, 1 - alphas
         elif mode == "replace":
-            mapper, new = _replacement(a, b, tokenizer)
+            mapper, new = replacement_mapper(a, b, tokenizer)
             from_source[r], own[r] = mapper, new.float()
         else:
             from_source[r], own[r] = torch.eye(M), 0
@@ -231,8 +228,8 @@ def prompt_to_prompt(tokenizer: Tokenizer, prompts: Sequence[str], num_steps: in
     for word in named:
         if not any(word_tokens(prompts[r], word, tokenizer) for r in targets):
             raise ValueError(f"no edited prompt has the word {word!r}: {'; '.join(prompts[r] for r in targets)}")
-    return AttentionControl(torch.tensor(source), self_steps, from_source, own, cross_steps, self_side,
-                            blend=local_blend and _blend_tokens(local_blend, prompts, tokenizer))
+    return AttentionControl(torch.tensor(source), self_steps, from_source, own, cross_steps, self_side, blend=local_blend,
+                            blend_tokens=_blend_tokens(local_blend, prompts, tokenizer) if local_blend else (None, None))
 
 
 def control_pairs(tokenizer: Tokenizer, captions: Sequence[str], edited_captions: Sequence[str], shares: Sequence[float],
@@ -273,7 +270,7 @@ def _blend_tokens(blend, prompts, tokenizer):
             row[tokens] = 1
         return marks
 
-    return marked(blend.words), None if blend.subtract is None else marked(blend.subtract), blend
+    return marked(blend.words), None if blend.subtract is None else marked(blend.subtract)
 
 
 # ---- at work
@@ -286,7 +283,8 @@ class ControlledRun:
     def __init__(self, control: AttentionControl, height: int, width: int, device="cpu"):
         """height, width: of the latents."""
         self.control, self.height, self.width, self.device = control, height, width, device
-        self.step = -1
+        self.source, self.step = control.source.to(device), -1
+        self.blend_tokens = [tokens if tokens is None else tokens.to(device) for tokens in control.blend_tokens]
         self.most_pixels = float("inf")
         if control.self_side is not None:
             self.most_pixels = control.self_side ** 2 * max(1, height * width / 64 ** 2)
@@ -303,25 +301,31 @@ class ControlledRun:
 
     def _begin_step(self, branches):
         self.step += 1
+        if self.step == 0:                                         # all is on the device before the first: no step waits for it
+            self.plans = [self._plan(i, branches) for i in range(len(self.control.self_steps))]
+        self.self_rows, self.crossing = self.plans[self.step]
+
+    def _plan(self, i, branches):
+        """Of step i: whose queries and keys each row uses in self-attention, and what `_cross` needs; None for its own."""
         c, R = self.control, len(self.control.source)
         offsets = [R * b for b in range(branches)] if c.unconditional else [0]
-        self.self_rows = torch.arange(R * branches)                # whose queries and keys each row uses
+        own_rows, crossing = torch.arange(R * branches), None
+        self_rows = own_rows.clone()
         for offset in offsets:
-            self.self_rows[offset:offset + R] = torch.where(c.self_steps[self.step], c.source, torch.arange(R)) + offset
-        self.shares_self = bool((self.self_rows != torch.arange(R * branches)).any())
-        self.self_rows = self.self_rows.to(self.device)
-        self.crossing = None
-        if c.cross_steps is not None and (alpha := c.cross_steps[self.step]).any():
+            self_rows[offset:offset + R] = torch.where(c.self_steps[i], c.source, torch.arange(R)) + offset
+        self_rows = None if torch.equal(self_rows, own_rows) else self_rows.to(self.device)
+        if c.cross_steps is not None and (alpha := c.cross_steps[i]).any():
             rows = alpha.any(1).nonzero()[:, 0]
             own = torch.ones(R * branches, alpha.shape[1])
             own[:R] = c.own * alpha + 1 - alpha
             from_source = c.from_source[rows] * alpha[rows, None]
-            self.crossing = [x.to(self.device) for x in (rows, c.source[rows], from_source, own[:, :, None])]
+            crossing = [x.to(self.device) for x in (rows, c.source[rows], from_source, own[:, :, None])]
+        return self_rows, crossing
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, heads: int, is_cross: bool) -> Tensor:
         """Attention under the control of this step; shapes as in `attend`."""
         if not is_cross:
-            if not self.shares_self or q.shape[1] > self.most_pixels:
+            if self.self_rows is None or q.shape[1] > self.most_pixels:
                 return attend(q, k, v, heads)
             return attend(q[self.self_rows], k[self.self_rows], v, heads)
         if self.control.blend and q.shape[1] == self.blend_pixels:
@@ -337,7 +341,7 @@ class ControlledRun:
 
     def _look_at_words(self, q, k, heads):
         """Add the words' maps, averaged over heads, to those so far: (R, pixels)."""
-        for i, tokens in enumerate(self.control.blend[:2]):
+        for i, tokens in enumerate(self.blend_tokens):
             if tokens is not None:
                 indicator = torch.zeros_like(k)
                 indicator[:len(tokens)] = tokens.to(k)[:, :, None]
@@ -345,14 +349,14 @@ class ControlledRun:
 
     def after_step(self, x: Tensor) -> Tensor:
         """The latents of a step, (R, z, h, w), as LocalBlend leaves them."""
-        if self.control.blend is None or self.step < int(self.control.blend[2].start * len(self.control.self_steps)):
+        if self.control.blend is None or self.step < int(self.control.blend.start * len(self.control.self_steps)):
             return x
         if not torch.is_tensor(self.maps[0]):
             raise ValueError(f"LocalBlend needs cross-attention on {self.blend_pixels} pixels, and this UNet has none")
         mask = self._mask(self.maps[0], widen=True)
-        if self.control.blend[1] is not None:
+        if self.control.blend.subtract is not None:
             mask = mask & ~self._mask(self.maps[1], widen=False)
-        return torch.where(mask, x, x[self.control.source.to(x.device)])
+        return torch.where(mask, x, x[self.source])
 
     def _mask(self, maps, widen):
         """Where the words are, in the source's picture or in the target's: (R, 1, height, width) bool."""
@@ -361,5 +365,5 @@ class ControlledRun:
         if widen:
             maps = F.max_pool2d(maps, 3, stride=1, padding=1)
         maps = F.interpolate(maps, (self.height, self.width))
-        mask = maps > self.control.blend[2].threshold * maps.amax((2, 3), keepdim=True)
-        return mask | mask[self.control.source.to(mask.device)]
+        mask = maps > self.control.blend.threshold * maps.amax((2, 3), keepdim=True)
+        return mask | mask[self.source]

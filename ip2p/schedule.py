@@ -33,17 +33,17 @@ def _coefficients(alphas_cumprod, t, like):
 
 def add_noise(x0: Tensor, noise: Tensor, t: Tensor, alphas_cumprod: Tensor) -> Tensor:
     """x_t for clean latents x0 and noise, both (B, ...), at integer timesteps t, (B,)."""
-    signal, sigma = _coefficients(alphas_cumprod, t, x0)
-    return signal * x0 + sigma * noise
+    signal_scale, noise_scale = _coefficients(alphas_cumprod, t, x0)
+    return signal_scale * x0 + noise_scale * noise
 
 
 def velocity(x0: Tensor, noise: Tensor, t: Tensor, alphas_cumprod: Tensor) -> Tensor:
     """v = sqrt(a_t) eps - sqrt(1 - a_t) x0 (Salimans & Ho 2022, arXiv:2202.00512). Shapes as for `add_noise`."""
-    signal, sigma = _coefficients(alphas_cumprod, t, x0)
-    return signal * noise - sigma * x0
+    signal_scale, noise_scale = _coefficients(alphas_cumprod, t, x0)
+    return signal_scale * noise - noise_scale * x0
 
 
 def eps_from_v(v: Tensor, x_t: Tensor, t: Tensor, alphas_cumprod: Tensor) -> Tensor:
     """eps = sqrt(a_t) v + sqrt(1 - a_t) x_t, float32. v, x_t: (B, z, h, w); t: (B,) or (1,) timesteps, whole or not."""
     sigma = sigmas_at(t, alphas_cumprod)[:, None, None, None]
-    return (v.float() + sigma * x_t.float()) / (1 + sigma ** 2).sqrt()
+    return (v.float() + sigma * x_t.float()) / (1 + sigma ** 2).sqrt()         # as sqrt(a_t) = 1 / sqrt(1 + sigma^2)

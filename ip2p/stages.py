@@ -13,18 +13,18 @@ from . import distributed
 from .schedule import add_noise, make_alphas_cumprod, velocity
 from .tensorfiles import replacing
 from .training import fit, seeded
-from .unet import Stage, UNet
 
 
 # What may change on resuming. Another number of steps moves the cool-down.
 FREE = ("out", "cache", "minutes", "steps", "device", "sheet_minutes", "save_minutes", "keep", "score_examples", "cfg_text",
-        "cfg_image", "accumulate", "offload", "checkpointing", "compile", "workers", "preset", "num_captions")
+        "cfg_image", "accumulate", "offload", "checkpointing", "compile", "workers", "preset", "num_captions", "triples")
 
 
-def run(args, module, loss_fn, sheet=None):
-    """Train `module` by the stage's settings, which are stored in its folder. Returns the record for the file's metadata."""
+def run(args, module, loss_fn, sheet=None, **fixed):
+    """Train `module` by the stage's settings, which are stored in its folder; those that may not change on resuming, and
+    `fixed`, in its checkpoints too. Returns the record for the file's metadata."""
     told = {k: v for k, v in vars(args).items() if k not in ("layout", "autocast") and v is not None}
-    fixed = {k: v.name if isinstance(v, Path) else v for k, v in told.items() if k not in FREE and not isinstance(v, list)}
+    fixed |= {k: v.name if isinstance(v, Path) else v for k, v in told.items() if k not in FREE}
     folder = args.out / args.stage
     folder.mkdir(parents=True, exist_ok=True)
     if distributed.rank() == 0:
@@ -43,13 +43,6 @@ def run(args, module, loss_fn, sheet=None):
 def history(record: dict) -> dict:
     """What a file's metadata says of its training, without its configurations."""
     return {k: v for k, v in record.items() if k not in ("unet", "vae", "text", "shared", "parameterization", "image_size")}
-
-
-def recompute_stages(unet: UNet, recompute: bool):
-    """Whether to compute the UNet's blocks again for their gradients, to save memory."""
-    for block in unet.modules():
-        if isinstance(block, Stage):
-            block.recompute = recompute
 
 
 def is_miniature(record: dict) -> bool:
@@ -85,21 +78,20 @@ class Pool:
             self.columns = [torch.cat(c) if torch.is_tensor(c[0]) else sum(c, []) for c in zip(*parts)]
             self.number = number
         order = torch.randperm(block, generator=seeded(self.args.seed, number, again))
-        chosen = order[turn * B:(turn + 1) * B][rows].tolist()
-        return [c[chosen] if torch.is_tensor(c) else [c[i] for i in chosen] for c in self.columns]
+        chosen = order[turn * B:(turn + 1) * B][rows]
+        return [c[to_device(chosen, str(c.device))] if torch.is_tensor(c) else [c[i] for i in chosen.tolist()] for c in self.columns]
 
 
 @torch.no_grad()
-def encode(vae, pixels, args):
+def encode(vae, pixels):
     """Mean and log variance of the unscaled latents of pixels, (B, 2, z, h, w) float32."""
-    with args.autocast():
-        posterior = vae.encode(pixels)
+    posterior = vae.encode(pixels)
     return torch.stack([posterior.mean, posterior.logvar], 1).float()
 
 
-def to_device(x, args):
+def to_device(x, device: str):
     """A tensor on the device, which is not waited for."""
-    return x.pin_memory().to(args.device, non_blocking=True) if args.device.startswith("cuda") and not x.is_cuda else x
+    return x.pin_memory().to(device, non_blocking=True) if device.startswith("cuda") and not x.is_cuda else x
 
 
 @lru_cache

@@ -58,6 +58,15 @@ def make_optimizers(module: nn.Module, name: str, lr: float, weight_decay: float
     return [Muon(inner, lr=20 * lr), torch.optim.AdamW([p for p in params.values() if id(p) not in inside], lr=lr, **fused)]
 
 
+def lay_out_as_weights(optimizer: torch.optim.Optimizer):
+    """Give a state that was read the order in memory of its weights, which on another device may have been channels last:
+    fused AdamW goes through both as they lie."""
+    for weight, state in optimizer.state.items():
+        for name, value in state.items():
+            if torch.is_tensor(value) and value.shape == weight.shape and value.stride() != weight.stride():
+                state[name] = torch.empty_like(weight, requires_grad=False).copy_(value)
+
+
 def lr_scale(step: int, steps: int, warmup: int, cooldown: float) -> float:
     """Multiplier of the learning rate: up over `warmup` steps, then 1, down to 0 over the last share `cooldown`."""
     rise = min(1.0, (step + 1) / max(1, warmup))
@@ -97,6 +106,7 @@ def fit(module: nn.Module, loss_fn: Callable, folder: Path, *, steps: int, batch
         module.load_state_dict(saved["model"])
         for o, state in zip(optimizers, saved["opt"]):
             o.load_state_dict(state)
+            lay_out_as_weights(o)
         for name, value in saved["ema"].items():
             ema.weights[name].copy_(value)
         ema.updates, step, seconds = saved["ema_updates"], saved["step"], saved["seconds"]

@@ -79,7 +79,7 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class Stage(nn.Sequential):
+class UNetBlock(nn.Sequential):
     """Layers in a row, each given what it needs: ResBlocks the timestep, transformers the text and the control."""
 
     recompute = False            # in training: keep the input alone, and compute the rest again for the gradients
@@ -118,7 +118,7 @@ class UNet(nn.Module):
 
         widths = [c.model_channels * m for m in c.channel_mult]
         width = c.model_channels
-        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(c.in_channels, width, 3, padding=1))])
+        self.input_blocks = nn.ModuleList([UNetBlock(nn.Conv2d(c.in_channels, width, 3, padding=1))])
         skips = [width]                                   # widths of the features kept for the way up
         for level, level_width in enumerate(widths):
             for _ in range(c.num_res_blocks):
@@ -126,13 +126,13 @@ class UNet(nn.Module):
                 width = level_width
                 if c.attention_levels[level]:
                     layers.append(transformer(width))
-                self.input_blocks.append(Stage(*layers))
+                self.input_blocks.append(UNetBlock(*layers))
                 skips.append(width)
             if level < len(widths) - 1:
-                self.input_blocks.append(Stage(Downsample(width)))
+                self.input_blocks.append(UNetBlock(Downsample(width)))
                 skips.append(width)
 
-        self.middle_block = Stage(res(width, width), transformer(width), res(width, width))
+        self.middle_block = UNetBlock(res(width, width), transformer(width), res(width, width))
 
         self.output_blocks = nn.ModuleList()
         for level, level_width in reversed(list(enumerate(widths))):
@@ -143,10 +143,16 @@ class UNet(nn.Module):
                     layers.append(transformer(width))
                 if level > 0 and i == c.num_res_blocks:
                     layers.append(Upsample(width))
-                self.output_blocks.append(Stage(*layers))
+                self.output_blocks.append(UNetBlock(*layers))
 
         self.out = nn.Sequential(nn.GroupNorm(c.norm_groups, width), nn.SiLU(),
                                  nn.Conv2d(width, c.out_channels, 3, padding=1))
+
+    def recompute_blocks(self, recompute: bool):
+        """Whether training computes the blocks again for their gradients, to save memory."""
+        for block in self.modules():
+            if isinstance(block, UNetBlock):
+                block.recompute = recompute
 
     def read_text(self, context: Tensor) -> dict:
         """Keys and values of `context`, (B, M, context_dim), in every cross-attention layer: all that the text is to the UNet.

@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 GPU = torch.device("cuda", 0)
-READS = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__"}          # what waits for a GPU
+READS = {"item", "tolist", "nonzero", "__bool__", "__int__", "__float__", "__index__"}          # what waits for a GPU
+MAKE = {"tensor", "as_tensor", "from_numpy"}                                                    # from numbers of the CPU's
 MEET = READS | {"copy_", "__getitem__", "__setitem__", "_has_compatible_shallow_copy_type"}        # takes tensors of either
 
 
@@ -22,6 +23,13 @@ def mark(out, on_gpu):
         if isinstance(x, torch.Tensor) and there(x) != on_gpu:
             x._on_gpu = on_gpu
     return out
+
+
+def waits_for_indices(name, args):
+    """Whether x[i] or x[i] = y takes numbers from the CPU, or has to count them first."""
+    indices = args[1] if name in ("__getitem__", "__setitem__") else ()
+    indices = indices if isinstance(indices, tuple) else (indices,)
+    return any(isinstance(i, list) or isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in indices)
 
 
 class PretendedGPU(TorchFunctionMode):
@@ -39,8 +47,8 @@ class PretendedGPU(TorchFunctionMode):
             return mark(new(cls, data, requires_grad), there(data))
 
         for name, value in dict(is_available=lambda: True, Stream=lambda: stream, CUDAGraph=lambda: Tape(self),
-                                current_stream=lambda: stream, stream=lambda stream: nullcontext(), graph=lambda tape: tape,
-                                device=lambda device: nullcontext()).items():
+                                current_stream=lambda: stream, stream=lambda stream: nullcontext(), graph=lambda tape, **_: tape,
+                                set_stream=lambda stream: None, device=lambda device: nullcontext()).items():
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(torch, "autocast", lambda device, *args, **kwargs: autocast("cpu", *args, **kwargs))
         monkeypatch.setattr(torch.nn.Parameter, "__new__", new_parameter)
@@ -61,11 +69,13 @@ class PretendedGPU(TorchFunctionMode):
             raise RuntimeError(f"Expected all tensors to be on the same device, but {name} found cuda:0 and cpu")
         if on_gpu and name == "__getitem__" and not own:
             raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
-        if on_gpu and (name in READS or name in MEET and not everywhere):
+        if on_gpu and (name in READS or name in MEET and not everywhere or waits_for_indices(name, args)):
             self.cross()
-        on_gpu = own if name in MEET else on_gpu
+        on_gpu = own if name in MEET - {"nonzero"} else on_gpu
         if kwargs.get("device") is not None:
             on_gpu = torch.device(kwargs.pop("device")).type == "cuda"
+            if on_gpu and name in MAKE:
+                self.cross()
         if on_gpu and kwargs.get("generator") is not None:
             raise RuntimeError(f"Expected a 'cuda' device type for generator but found 'cpu', in {name}")
         return mark(func(*args, **kwargs), on_gpu)

@@ -44,13 +44,27 @@ def test_other_shapes_are_not_replayed(gpu):
 
 
 def test_what_cannot_be_recorded_runs_as_usual(gpu, monkeypatch, capsys):
-    def refuse(tape):
+    def refuse(tape, capture_error_mode):
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
     monkeypatch.setattr(torch.cuda, "graph", refuse)
     graphed = CUDAGraphed(torch.neg)
     assert [graphed(torch.tensor(i, device="cuda")).item() for i in range(4)] == [0, -1, -2, -3]
     assert capsys.readouterr().err == ("note: no CUDA graph, steps are run as usual "
                                        "(operation not permitted when stream is capturing)\n")
+
+
+def test_what_needs_the_cpu_cannot_be_recorded(gpu, capsys):
+    graphed = CUDAGraphed(lambda x: x * x.sum().item())
+    assert [graphed(torch.tensor([i], device="cuda")).item() for i in range(4)] == [0, 1, 4, 9]
+    assert capsys.readouterr().err.count("note: no CUDA graph") == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_real_gpu_goes_on_after_a_recording_that_failed(capsys):
+    stream = torch.cuda.current_stream()
+    test_what_needs_the_cpu_cannot_be_recorded(None, capsys)
+    assert torch.cuda.current_stream() == stream
+    test_a_real_graph()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

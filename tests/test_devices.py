@@ -13,9 +13,9 @@ from PIL import Image
 from ip2p import InstructPix2Pix, evaluate
 from ip2p.checkpoint import Parts
 from ip2p.clip_filter import ClipSimilarity, Thresholds, calibrate
-from ip2p.guidance import instruct_denoiser
+from ip2p.guidance import instruct_denoiser, text_denoiser
 from ip2p.images import to_pixels
-from ip2p.prompt_to_prompt import LocalBlend, prompt_to_prompt
+from ip2p.prompt_to_prompt import ControlledRun, LocalBlend, control_pairs, prompt_to_prompt
 from ip2p.samplers import SAMPLERS
 from ip2p.tensorfiles import read_state_dict
 from ip2p.text import TextConfig, TextEncoder
@@ -42,6 +42,15 @@ def test_the_pretended_gpu_refuses(gpu, wrong, words):
     with pytest.raises((RuntimeError, TypeError), match=words):
         wrong(x)
     assert str((2 * x).device) == str(torch.nn.Linear(3, 3).to("cuda")(x).device) == "cuda:0" and x.cpu().is_cpu
+
+
+@pytest.mark.parametrize("wait", [lambda x: x[[0, 2]], lambda x: x[x > 0], lambda x: x.nonzero(), lambda x: x.sum().item(),
+                                  lambda x: torch.tensor([1.0], device=x.device), lambda x: x.cpu()])
+def test_the_pretended_gpu_counts_what_waits_for_it(gpu, wait):
+    x = torch.ones(3, device="cuda")
+    before = gpu.crossings
+    wait(x + 1)
+    assert gpu.crossings == before + 1
 
 
 # ---- the pipeline, and that it gives what it gives on a CPU
@@ -84,6 +93,25 @@ def test_steps_need_nothing_of_the_cpu(gpu, sampler):
     assert counts[0] == counts[1]
 
 
+@pytest.mark.parametrize("kind", ["self-attention", "cross-attention", "blend"])
+def test_steps_under_a_control_need_nothing_of_the_cpu(gpu, kind):
+    """What they borrow is there with the first."""
+    model, crossings = make_model(4, "cuda"), []
+    latents, contexts = torch.zeros(4, 4, 8, 8, device="cuda"), [model.encode_text(PROMPTS), model.encode_text([""] * 4)]
+    control = prompt_to_prompt(model.tokenizer, PROMPTS[::2] * 2, 4, local_blend=LocalBlend(("fox",) * 4)) if kind == "blend" else \
+        control_pairs(model.tokenizer, PROMPTS[:2], PROMPTS[2:], [0.7, 0.4], 4, kind)
+    run = ControlledRun(control, 8, 8, "cuda")
+
+    def after_step(x):
+        x = run.after_step(x)
+        crossings.append(gpu.crossings)
+        return x
+
+    denoise = text_denoiser(run.predicting(model.predict), *contexts, 3.0, model.read_text)
+    SAMPLERS["ddim"](denoise, latents, 4, model.alphas_cumprod, after_step=after_step)
+    assert len(crossings) == 4 and crossings[0] == crossings[3] > 0
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "euler-ancestral"])
 def test_pictures_with_controls(gpu, sampler):
     pictures = []
@@ -119,7 +147,7 @@ def test_sample(gpu, flags, tmp_path):
     assert len(list(tmp_path.glob("out/*.png"))) == (2 if "--num-images" in flags else 1)
 
 
-LITTLE = "--steps 2 --batch-size 2 --block 4 --reuse 1 --score-examples 1".split()
+LITTLE = "--steps 2 --batch-size 2 --block 4 --score-examples 1".split()
 
 
 def test_train_all_and_make_data(gpu, tmp_path, monkeypatch):

@@ -101,6 +101,9 @@ def test_whatever_the_numbers_depend_on_makes_another_cache(pairs, tmp_path):
     with torch.no_grad():
         WEIGHTS.weight[0, 0] += 1
     folders.append(open_cache(pairs, tmp_path / "cache").folder)
+    WEIGHTS.config = "of other heads"
+    folders.append(open_cache(pairs, tmp_path / "cache").folder)
+    del WEIGHTS.config
     Image.new("RGB", (SIZE, SIZE), "red").save(pairs / "0000003" / "1_0.jpg")
     folders.append(open_cache(pairs, tmp_path / "cache").folder)
     (pairs / "0000003" / "prompt.json").write_text(json.dumps(dict(caption="a", edit="another edit", output="b")))

@@ -2,7 +2,10 @@
 import pytest
 import torch
 
+from torch._dynamo.testing import CompileCounter
+
 from ip2p.guidance import dropout_masks, instruct_denoiser, text_denoiser
+from ip2p.unet import UNet, UNetConfig
 
 B, Z = 2, 4
 generator = torch.Generator().manual_seed(0)
@@ -56,6 +59,21 @@ def test_branches_come_in_the_published_order():
     instruct_denoiser(predict, context, null_context, image_latents, 7.5, 1.5)(x_t, t)
     assert torch.equal(seen["context"], torch.cat([context, null_context, null_context]))
     assert torch.equal(seen["image"], torch.cat([image_latents, image_latents, torch.zeros_like(image_latents)]))
+
+
+def test_a_compiled_unet_is_one_program_for_every_edit():
+    """Texts that were read ahead are a dict by layer: a new one for each edit, and nothing is compiled anew."""
+    torch.manual_seed(0)
+    unet = UNet(UNetConfig(2 * Z, Z, 32, (1, 2), 1, (True, False), context_dim=3, num_heads=2, norm_groups=8)).eval()
+    programs = CompileCounter()
+    compiled = torch.compile(unet, backend=programs, fullgraph=True)
+    with torch.no_grad():
+        for i in range(3):
+            texts = context + i, null_context
+            results = [instruct_denoiser(predict, *texts, image_latents, 7.5, 1.5, unet.read_text)(x_t, t)
+                       for predict in (compiled, unet)]
+            assert torch.equal(*results)
+    assert programs.frame_count == 1
 
 
 def test_guidance_is_computed_in_float32():

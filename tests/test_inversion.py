@@ -74,7 +74,7 @@ def test_sdedit_equals_diffusers_scheduler(model, picture, scheduler, strength):
 def test_inversion_is_the_published_step(model, picture, scheduler):
     """Null-text inversion's next_step, written out: from one noise level up to the next, with eps at the upper timestep."""
     z = encode_picture(model, picture)
-    latents = invert(model, z, "a fox", STEPS, progress=False)
+    latents = invert(model, z, ["a fox"], STEPS, progress=False)
     alphas = [scheduler.alphas_cumprod[0], *scheduler.alphas_cumprod[scheduler.timesteps.flip(0)]]
     for t, a, a_next in zip(scheduler.timesteps.flip(0), alphas, alphas[1:]):
         eps = model.predict(z, t[None], model.encode_text(["a fox"]))
@@ -86,7 +86,7 @@ def test_inversion_is_the_published_step(model, picture, scheduler):
 @pytest.mark.parametrize("tolerance, updates", [(0.0, 3), (1e9, 1)])
 def test_null_text_is_the_published_loop(model, picture, scheduler, tolerance, updates):
     """Up to `inner_steps` updates of Adam a step, or one where the loss is below the tolerance at once."""
-    latents = invert(model, encode_picture(model, picture), "a fox", STEPS, progress=False)
+    latents = invert(model, encode_picture(model, picture), ["a fox"], STEPS, progress=False)
     nulls = null_text(model, latents, "a fox", cfg_text=CFG, inner_steps=3, tolerance=tolerance - 1e-3, progress=False)
     x, null = latents[-1], model.encode_text([""])
     for i, t in enumerate(scheduler.timesteps):
@@ -104,7 +104,7 @@ def test_null_text_is_the_published_loop(model, picture, scheduler, tolerance, u
 
 def test_null_text_undoes_guidance(model, picture):
     """Strong guidance leads away from the inverted latents; the fitted null contexts lead back to them."""
-    latents = invert(model, encode_picture(model, picture), "a fox", 20, progress=False)
+    latents = invert(model, encode_picture(model, picture), ["a fox"], 20, progress=False)
     settings = dict(steps=20, seeds=[0], x_T=latents[-1])
     nulls = {"plain": [model.encode_text([""])] * 20,
              "fitted": null_text(model, latents, "a fox", cfg_text=60.0, inner_steps=20, progress=False)}

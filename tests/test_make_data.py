@@ -4,6 +4,7 @@ import json
 import os
 import random
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -236,6 +237,15 @@ def test_filter_only_gives_what_drawing_with_those_thresholds_gives(cli, tmp_pat
     assert "clip_sim_0" in (out / "0000000" / "samples.jsonl").read_text() and cli("--check", out).code == 0
     assert cli("--filter-only").code == 0 and tree(out) == tree(whole)
     assert cli().code == 0 and tree(out) == tree(whole)                    # and drawing could go on
+
+
+@pytest.mark.parametrize("miniature, clip", [(True, "mini-clip.safetensors"), (False, "ViT-L-14:openai")])
+def test_filter_only_goes_by_what_drew_the_pairs(tmp_path, capsys, whole, miniature, clip):
+    out = shutil.copytree(whole, tmp_path / "out")
+    settings = json.loads((out / "settings.json").read_text())
+    (out / "settings.json").write_text(json.dumps(settings | dict(miniature=miniature, model="mine.safetensors")))
+    assert make_data.run(["--filter-only", "--out", str(out)]) == 0
+    assert f"{clip} max_out_samples" in capsys.readouterr().out
 
 
 def test_filter_only_scores_again_only_with_a_clip(models, tmp_path, capsys, whole):

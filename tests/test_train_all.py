@@ -54,6 +54,28 @@ def test_with_nothing_said_it_draws_a_small_data_set_and_learns_from_it(drawn, t
     assert len(drawn) == 1 and "drawing" not in said and len(list(Path("runs/cache").iterdir())) == 1
 
 
+def test_a_small_data_set_that_was_stopped_is_drawn_to_its_end(drawn, tmp_path, monkeypatch):
+    """As after Ctrl-C with one prompt drawn: the pairs are then those of a run that was not stopped."""
+    monkeypatch.chdir(tmp_path)
+    make_few = train.make_pairs
+
+    def make_one(args, *flags):
+        make_few(args, *flags)
+        for folder in sorted(Path("data").glob("0*"))[1:]:
+            shutil.rmtree(folder)
+        seeds = json.loads(Path("data/seeds.json").read_text())
+        Path("data/seeds.json").write_text(json.dumps(seeds[:1]))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as first, redirect_stdout(StringIO()), redirect_stderr(StringIO()) as complaint:
+        first.setattr(train, "make_pairs", make_one)
+        assert train.run_command(LITTLE) == 0
+    assert "repeat the command to go on" in complaint.getvalue() and len(json.loads(Path("data/seeds.json").read_text())) == 1
+    assert "drawing a small one" in run()
+    assert len(json.loads(Path("data/seeds.json").read_text())) == 3 and not Path("data/.unfinished").exists()
+    assert "drawing" not in run("--out", "again")
+
+
 def test_all_stages_leave_alone_what_is_finished_and_end_in_a_table(drawn, tmp_path):
     for name in ("mini-clip", "mini-sd", "mini-gpt"):
         shutil.copy(ROOT / "weights" / f"{name}.safetensors", tmp_path)

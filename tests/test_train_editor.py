@@ -26,7 +26,7 @@ from ip2p.checkpoint import Parts, load_checkpoint, save_checkpoint
 from ip2p.data import PairedDataset
 from ip2p.run_folder import list_checkpoints
 from ip2p.text import TextConfig, TextEncoder, import_open_clip
-from ip2p.unet import Stage, UNet, UNetConfig
+from ip2p.unet import UNet, UNetBlock, UNetConfig
 from ip2p.vae import AutoencoderKL, VAEConfig
 
 ROOT = Path(__file__).parent.parent
@@ -318,7 +318,7 @@ def test_activations_of_the_presets_are_as_stated(monkeypatch, bf16, inputs, lar
                 return forward(self, x.float())
         return wrapped
 
-    run, taken = Stage.run, []
+    run, taken = UNetBlock.run, []
 
     def counted(self, x, *others):
         kept = {}
@@ -328,7 +328,7 @@ def test_activations_of_the_presets_are_as_stated(monkeypatch, bf16, inputs, lar
         return y
 
     monkeypatch.setattr("ip2p.attention.attend", fused)
-    monkeypatch.setattr(Stage, "run", counted)
+    monkeypatch.setattr(UNetBlock, "run", counted)
     for norm in (torch.nn.GroupNorm, torch.nn.LayerNorm):
         monkeypatch.setattr(norm, "forward", in_float32(norm.forward))
     sums = []

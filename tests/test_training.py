@@ -11,6 +11,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,7 +19,7 @@ from torch import nn
 
 from ip2p.muon import Muon, orthogonalize
 from ip2p.run_folder import list_checkpoints
-from ip2p.stages import Pool
+from ip2p.stages import Pool, diffusion_loss
 from ip2p.training import EMA, fit, lr_scale, seeded
 
 ROOT = Path(__file__).parent.parent
@@ -38,6 +39,7 @@ def make_run(folder, steps, minutes=None, stop_after=None, accumulate=1, spoil=N
         loss = (model(x) - x[:, :4] ** 2).square().mean()
         return (loss * math.inf if step == spoil else loss), {}
 
+    make_run.model = model
     settings = dict(optimizer="muon", lr=1e-2, warmup=5, cooldown=0.3) | settings
     result = fit(model, loss_fn, folder, steps=steps, batch_size=32, accumulate=accumulate, minutes=minutes,
                  config=dict(steps=steps), **settings)
@@ -92,6 +94,44 @@ def test_offloading_changes_where_numbers_are_and_none_of_them(tmp_path, optimiz
     with pytest.raises(KeyboardInterrupt):
         make_run(tmp_path / "c", 12, optimizer=optimizer, offload=True, stop_after=5)
     assert same(whole, make_run(tmp_path / "c", 12, optimizer=optimizer, offload=True)[0])
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_sheets_are_of_the_average_and_leave_the_run_alone(tmp_path, offload):
+    """One after every step: the module then holds the averaged weights, and goes on with its own."""
+    seen = []
+
+    def sheet(path):
+        assert path.name == f"sheet-{len(seen) + 1:07d}.png"
+        seen.append({name: p.clone() for name, p in make_run.model.state_dict().items()})
+
+    plain, _ = make_run(tmp_path / "plain", 12, offload=offload)
+    drawn, _ = make_run(tmp_path / "drawn", 12, offload=offload, sheet=sheet, sheet_minutes=0.0, save_minutes=0.0, keep=99)
+    assert same(plain, drawn) and len(seen) == 12
+    for path, weights in zip(list_checkpoints(tmp_path / "drawn"), seen):
+        assert same(torch.load(path, weights_only=True)["ema"], weights)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_goes_on_where_weights_lie_otherwise_in_memory(tmp_path, optimizer):
+    """A run that began on a GPU, with channels last, goes on without them as if it had never had them."""
+    def make_run(name, layout, steps):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)).to(memory_format=layout)
+        targets = [torch.randn(p.shape) for p in model.parameters()]
+
+        def loss_fn(step, rows):
+            if step == steps:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return sum((p - t).square().sum() * (1 + step) for p, t in zip(model.parameters(), targets)), {}
+
+        fit(model, loss_fn, tmp_path / name, steps=8, optimizer=optimizer, lr=1e-2, warmup=1, clip_norm=0)
+        return model.state_dict()
+
+    whole = make_run("whole", torch.contiguous_format, None)
+    with pytest.raises(KeyboardInterrupt):
+        make_run("parts", torch.channels_last, 3)
+    assert same(whole, make_run("parts", torch.contiguous_format, None))
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 0.05])
@@ -202,6 +242,20 @@ def test_muon_changes_each_weight_by_its_own_gradient_alone():
         assert torch.equal(a, w) == (g is None)
 
 
+@pytest.mark.parametrize("parameterization", ["eps", "v"])
+def test_the_loss_of_a_diffusion_model_by_hand(parameterization):
+    """eps is the noise; v = cos(phi) noise - sin(phi) x0, with cos(phi)^2 = prod (1 - beta): Salimans & Ho 2022."""
+    rng = torch.Generator().manual_seed(0)
+    x0, noise, image, said = torch.randn(4, 3, 2, 4, 4, generator=rng)
+    t, seen = torch.tensor([1, 400, 998]), []
+    loss = diffusion_loss(lambda x, *rest: seen.append(x) or said, x0, None, t, noise, parameterization, image)
+    a_t = np.cumprod(1 - np.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000) ** 2)[t.numpy()]
+    cos, sin = (torch.tensor(x, dtype=torch.float32)[:, None, None, None] for x in (a_t ** 0.5, (1 - a_t) ** 0.5))
+    expected = noise if parameterization == "eps" else cos * noise - sin * x0
+    assert loss.item() == pytest.approx(((said - expected) ** 2).mean().item(), rel=1e-5)
+    torch.testing.assert_close(seen[0], torch.cat([cos * x0 + sin * noise, image], 1), rtol=1e-5, atol=1e-5)
+
+
 def test_pool_batches_depend_on_the_step_alone():
     """Whatever came before, so that a resumed run sees what it would have seen; each example `reuse` times a block."""
     args = argparse.Namespace(batch_size=3, block=8, reuse=2, seed=0)
@@ -306,6 +360,9 @@ def test_two_processes_share_out_the_scenes_and_the_steps(trained, tmp_path):
     ("--batch-size 6 --accumulate 4", "--batch-size 6 cannot be shared out between 4 parts"),
     ("--stage clip --batch-size 8 --accumulate 4", "--stage clip learns in one process and one part"),
     ("--lr nan", "--lr must be a finite number"),
+    ("--minutes nan", "--minutes must be a finite number, not below zero, got nan"),
+    ("--ema-decay 1", "--ema-decay must be in 0..1, and below 1, got 1.0"),
+    ("--warmup -5", "--warmup must be a finite number, not below zero, got -5"),
     ("--clip-norm -1", "--clip-norm must be a finite number, not below zero, got -1"),
     ("--dropout 0.5", "--dropout must be in 0..1/3, got 0.5"),
     ("--views -1", "--views must be at least 0, got -1"),

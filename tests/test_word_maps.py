@@ -10,6 +10,11 @@ from ip2p.prompt_to_prompt import refinement_mapper, replacement_mapper, word_to
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
+
+def replacement_weights(source, target, tokenizer):
+    return replacement_mapper(source, target, tokenizer)[0]
+
+
 SAME_COUNT = [                                        # pairs of as many words
     ("a cat", "a cat"),
     ("a cat", "a dog"),
@@ -71,7 +76,7 @@ def fits(tokenizer, *prompts):
 def test_replacement_equals_the_slow_walk(tokenizer):
     for source, target in [*SAME_COUNT, *random_pairs(150, True, seed=0)]:
         if fits(tokenizer, source, target):
-            mapper = replacement_mapper(source, target, tokenizer)
+            mapper = replacement_weights(source, target, tokenizer)
             assert torch.equal(mapper, slow_replacement(source, target, tokenizer)), (source, target)
 
 
@@ -89,17 +94,17 @@ def test_replacement_by_hand(clip):
     def expected(first, **shares):
         return by_hand(clip, first, **shares)
 
-    assert torch.equal(replacement_mapper("a cat", "a cat", clip), torch.eye(77))
-    assert torch.equal(replacement_mapper("a cat", "a dog", clip), torch.eye(77))
+    assert torch.equal(replacement_weights("a cat", "a cat", clip), torch.eye(77))
+    assert torch.equal(replacement_weights("a cat", "a dog", clip), torch.eye(77))
     rest = {j: j for j in range(77)}
     one_to_two = {j: i for j, i in rest.items() if j not in (2, 3)}
-    assert torch.equal(replacement_mapper("a pizza here", "a lasagne here", clip), expected(one_to_two, _2_2=0.5, _2_3=0.5))
+    assert torch.equal(replacement_weights("a pizza here", "a lasagne here", clip), expected(one_to_two, _2_2=0.5, _2_3=0.5))
     two_to_one = {j: i for j, i in rest.items() if j not in (2, 76)}
-    assert torch.equal(replacement_mapper("a lasagne here", "a pizza here", clip), expected(two_to_one, _2_2=1, _3_2=1))
+    assert torch.equal(replacement_weights("a lasagne here", "a pizza here", clip), expected(two_to_one, _2_2=1, _3_2=1))
     both = {0: 0, 2: 3, 3: 4, 4: 5, **{j: j for j in range(5, 76)}}              # "and", "a", "dog" of "pizza and a dog"
-    assert torch.equal(replacement_mapper("lasagne and a cat", "pizza and a dog", clip), expected(both, _1_1=1, _2_1=1))
+    assert torch.equal(replacement_weights("lasagne and a cat", "pizza and a dog", clip), expected(both, _1_1=1, _2_1=1))
     third = {0: 0, 1: 1, **{j: j for j in range(5, 77)}}
-    assert torch.equal(replacement_mapper("a lasagne", "a hippopotamus", clip),
+    assert torch.equal(replacement_weights("a lasagne", "a hippopotamus", clip),
                        expected(third, **{f"_{i}_{j}": 1 / 3 for i in (2, 3) for j in (2, 3, 4)}))
 
 
@@ -131,7 +136,7 @@ def test_refinement_by_hand(clip, source, target, first):
 def test_replacement_of_prompts_of_different_length_by_hand(clip, source, target, diagonal, shares):
     """What the original refuses: words are matched, whatever their case; a new word has no counterpart; the end keeps to
     the end, and the padding to the padding."""
-    mapper = replacement_mapper(source, target, clip)
+    mapper = replacement_weights(source, target, clip)
     end = len(clip.encode(target)) + 2
     assert torch.equal(mapper[:, :end], by_hand(clip, diagonal, **shares)[:, :end])
     padding = mapper[:, end:]
@@ -148,7 +153,7 @@ def words_of(count):
                                             ("cat " * 100, ""), ("日本 naïve café 🦊", "the cat"), ("\t\n", "a cat\n\tsits ")])
 def test_any_prompts_give_sensible_maps(tokenizer, source, target):
     M = tokenizer.config.context_length
-    mapper, (indices, alphas) = replacement_mapper(source, target, tokenizer), refinement_mapper(source, target, tokenizer)
+    mapper, (indices, alphas) = replacement_weights(source, target, tokenizer), refinement_mapper(source, target, tokenizer)
     assert mapper.shape == (M, M) and ((0 <= mapper) & (mapper <= 1)).all() and mapper[0, 0] == 1
     assert (mapper.sum(1) <= M).all() and indices[0] == 0
     assert indices.shape == (M,) and ((-1 <= indices) & (indices < M)).all() and torch.equal(alphas, (indices >= 0).float())
@@ -162,11 +167,11 @@ def test_words_keep_their_maps_in_prompts_beyond_the_context(clip):
     """80 different tokens; a word added at the front shifts each by one, a word replaced shifts none."""
     source = " ".join(words_of(40))
     ids, longer = clip([source, "new " + source])
-    assert torch.equal(replacement_mapper(source, source, clip), torch.eye(77))
-    assert torch.equal(replacement_mapper(source, source.replace("red cat", "old cat"), clip), torch.eye(77))
+    assert torch.equal(replacement_weights(source, source, clip), torch.eye(77))
+    assert torch.equal(replacement_weights(source, source.replace("red cat", "old cat"), clip), torch.eye(77))
     indices, _ = refinement_mapper(source, "new " + source, clip)
     assert indices[:3].tolist() == [0, -1, 1] and torch.equal(ids[indices[2:76]], longer[2:76])
-    mapper = replacement_mapper(source, "new " + source, clip)
+    mapper = replacement_weights(source, "new " + source, clip)
     assert mapper[:, 1].sum() == 0, "the new word has a counterpart"
     assert (mapper[:, 2:76].sum(0) == 1).all() and torch.equal(ids[mapper[:, 2:76].argmax(0)], longer[2:76])
 
