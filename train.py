@@ -5,7 +5,7 @@
     python train.py --base v1-5-pruned-emaonly.safetensors --data pairs --preset 24gb          # Stable Diffusion on one card
     torchrun --nproc-per-node 8 train.py --base v1-5-pruned-emaonly.safetensors --data pairs   # the paper's run
     python train.py --stage distill                   # from a trained editor one that needs 2 evaluations, not 60
-    python train.py --stage all                       # the miniature from nothing, everything in weights/
+    python train.py --stage all --data world          # the miniature from nothing, everything in weights/
 
 Each stage trains in a folder of its own below --out. Stopped by --minutes, Ctrl-C, SIGTERM or worse, it goes on when the
 command is repeated. --preset sets defaults that flags override:
@@ -31,7 +31,7 @@ from ip2p.distill import train_distill
 from ip2p.features import CachedPairs, hash_weights
 from ip2p.guidance import dropout_masks
 from ip2p.learn_edits import TRIPLES, train_edits
-from ip2p.lessons import data_batches, encoders, open_data, open_pairs, save_sheet, score_edits
+from ip2p.lessons import announce, data_batches, encoders, open_data, open_pairs, save_sheet, score_edits
 from ip2p.miniature import train_base, train_clip, train_scorer, train_vae
 from ip2p.stages import Pool, diffusion_loss, draw_timesteps, history, is_cooling, is_miniature, run, to_device
 from ip2p.tensorfiles import read_state_dict
@@ -182,8 +182,9 @@ def train_edit(args, base):
                    per_kind=min(6, args.score_examples))
         if small:
             record |= score_edits(editor, world, args)
-        save_checkpoint(editor.parts, args.out / ("mini-ip2p.safetensors" if small else "ip2p.safetensors"), metadata=record,
-                        dtype=torch.float16 if small else None, shared=shared)
+        path = args.out / ("mini-ip2p.safetensors" if small else "ip2p.safetensors")
+        save_checkpoint(editor.parts, path, metadata=record, dtype=torch.float16 if small else None, shared=shared)
+    announce(path)
     return record
 
 

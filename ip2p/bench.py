@@ -46,7 +46,7 @@ def exported(args, editor=True):
 
 def machine(args):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    where = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{cores} CPU cores"
+    where = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else f"{cores} CPU cores"
     others = [f"{name} {version(name)}" for name in ("torch", "diffusers") if importlib.util.find_spec(name)]
     model = "Stable Diffusion 1.5's size" if args.full_size else Path(args.model or "the shipped model").name
     return f"{model}, {args.dtype}, {where}, {torch.get_num_threads()} threads, {', '.join(others)}, {args.repeats} repeats"
@@ -66,7 +66,7 @@ def bench_edit(args):
         programs = {"ip2p": (edit_by_ip2p, *common), "diffusers": (edit_by_diffusers, *common)}
         if args.compile:
             programs |= {f"{name}, compiled": (*program, True) for name, program in programs.items()}
-        rows = []
+        rows, peers = [], [name for name in programs if name.startswith("diffusers")]
         with side_by_side(args.device, **programs) as sides:
             for B, size, steps, scale in product(args.batch_size, args.size or [own_size], args.steps, args.cfg_image):
                 timed = take_turns(sides, args.repeats, pictures=B, size=size, steps=steps, cfg_text=args.cfg_text,
@@ -74,10 +74,11 @@ def bench_edit(args):
                 for name, t in timed.items():
                     rows.append([f"{B} x {size} x {size}, {steps} steps, guidance {args.cfg_text:g} and {scale:g}", name,
                                  decimal(t.seconds, 3), decimal(B / t.seconds, 3), decimal(t.first, 1), gigabytes(t.peak),
-                                 decimal(timed["diffusers"].seconds / t.seconds, 2),
+                                 *(decimal(timed[peer].seconds / t.seconds, 2) for peer in peers),
                                  differences(t.results[-1], timed["diffusers"].results[-1])])
                     print(*rows[-1], sep="  ", flush=True)
-    print_table(["edit", "by", "s", "edits/s", "first, s", "GB", "x diffusers", "differs by at most (mean), of 255"], rows)
+    print_table(["edit", "by", "s", "edits/s", "first, s", "GB", *(f"x {peer}" for peer in peers),
+                 "differs by at most (mean), of 255"], rows)
 
 
 def differences(a, b):

@@ -85,6 +85,11 @@ def edit_by_diffusers(folder, device, dtype, compiled=False):
         if gpu:
             pipe.unet.to(memory_format=torch.channels_last)
             pipe.vae.to(memory_format=torch.channels_last)
+            pipe.vae.decode = torch.compile(pipe.vae.decode, mode="max-autotune", fullgraph=True)
+            from torch._inductor import config
+            for name, value in dict(conv_1x1_as_mm=True, coordinate_descent_tuning=True, epilogue_fusion=False,
+                                    coordinate_descent_check_all_directions=True).items():
+                setattr(config, name, value)
         pipe.unet = torch.compile(pipe.unet, mode="max-autotune" if gpu else None, fullgraph=True)
 
     def edit(pictures, size, steps, cfg_text, cfg_image):

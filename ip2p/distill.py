@@ -16,7 +16,7 @@ from . import distributed
 from .checkpoint import save_checkpoint
 from .features import hash_weights
 from .guidance import guidance_condition, instruct_denoiser
-from .lessons import encoders, open_data, open_pairs, save_sheet, score_edits
+from .lessons import announce, encoders, open_data, open_pairs, save_sheet, score_edits
 from .pipeline import InstructPix2Pix
 from .samplers import ddim_sample, ddim_timesteps
 from .stages import Pool, alphas_on, history, is_miniature, run, to_device
@@ -140,6 +140,7 @@ def train_distill(args, base):
     record |= own | dict(teacher=history(base.metadata)) | (score_edits(editor, world, args) if small else {})
     if small and args.init.resolve().parent == args.out.resolve():                      # what both have is stored once
         shared = base.metadata.get("shared", {}) | {"text": args.init.name, "unet": args.init.name}
-    save_checkpoint(editor.parts, args.out / ("mini-ip2p-fast.safetensors" if small else "ip2p-fast.safetensors"),
-                    metadata=record, dtype=torch.float16 if small else None, shared=shared)
+    path = args.out / ("mini-ip2p-fast.safetensors" if small else "ip2p-fast.safetensors")
+    save_checkpoint(editor.parts, path, metadata=record, dtype=torch.float16 if small else None, shared=shared)
+    announce(path)
     return record

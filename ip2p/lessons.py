@@ -115,3 +115,8 @@ def score_edits(editor, world, args):
         for name, x in (("edit", edited), ("unedited", before), ("autoencoder", through(editor.vae, after))):
             scores[name].append(psnr(x, after))
     return {"psnr": {name: round(float(torch.cat(values).mean()), 2) for name, values in scores.items()}}
+
+
+def announce(path):
+    """Say where a trained editor is, and what to do with it."""
+    distributed.say(f"wrote {path}; to edit with it: python sample.py --model {path} --image PICTURE --prompt INSTRUCTION")

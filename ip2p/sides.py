@@ -16,7 +16,7 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 class Timed:
     seconds: float          # median of the calls that count
     first: float            # the first call, which warms up and compiles, and does not count
-    peak: float | None      # most bytes in use in any call that counts; None where that cannot be told
+    peak: float | None      # most bytes in use in any call; None where that cannot be told
     results: list[Any]      # of all calls, the first too
 
 
@@ -58,6 +58,8 @@ def _serve(pipe, make, args, device, threads):
     try:
         if threads:
             torch.set_num_threads(threads)
+        if torch.device(device).index is not None:
+            torch.cuda.set_device(device)
         run = make(*args)
         pipe.send(None)
         while True:
@@ -106,14 +108,15 @@ def side_by_side(device: str, **programs):
 
 
 def take_turns(sides: dict[str, Callable], repeats: int, **settings) -> dict[str, Timed]:
-    """Each side called with these settings, 1 + `repeats` times, in turns."""
+    """Each side called with these settings, 1 + `repeats` times, in turns. The first call counts for the memory alone: what it
+    records or compiles, later ones use again."""
     calls = {name: [] for name in sides}
     for _ in range(repeats + 1):
         for name, side in sides.items():
             calls[name].append(side(**settings))
     timed = {}
     for name, ((first, *_), *counted) in calls.items():
-        seconds, peaks, _ = zip(*counted)
+        seconds, peaks = [s for s, *_ in counted], [peak for _, peak, _ in calls[name]]
         timed[name] = Timed(statistics.median(seconds), first, None if None in peaks else max(peaks),
                             [result for _, _, result in calls[name]])
     return timed

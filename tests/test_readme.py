@@ -26,7 +26,7 @@ SMALLER = {              # the longest beginning of a command says what makes it
     "python -m ip2p.bench": "--batch-size 1 --steps 1 --repeats 1 --size 64",
     "python make_data.py": "--num-captions 3 --n-samples 2 --steps 2 --clip-threshold -1 --clip-dir-threshold -1 --clip-img-threshold -1",
     "python -m pytest": "--collect-only"}
-ELSEWHERE = {"python train.py --stage all": "test_train_all.py"}
+ELSEWHERE = {"python train.py --stage all --data world": "test_train_all.py"}
 
 
 @pytest.fixture(scope="module")

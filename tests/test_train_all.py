@@ -97,3 +97,8 @@ def test_all_stages_leave_alone_what_is_finished_and_end_in_a_table(drawn, tmp_p
     again = run("--stage", "all", "--out", tmp_path)
     assert len(drawn) == 1 and not any(line.startswith("stage=") for line in again.splitlines())
     assert again.splitlines() == said.splitlines()[-9:]
+    for path in (tmp_path / "edit", tmp_path / "distill"):
+        shutil.rmtree(path)
+        (tmp_path / {"edit": "mini-ip2p.safetensors", "distill": "mini-ip2p-fast.safetensors"}[path.name]).unlink()
+    run("--stage", "all", "--data", "world", "--out", tmp_path)
+    assert len(drawn) == 1 and read_state_dict(tmp_path / "mini-ip2p-fast.safetensors")[1]["teacher"]["data"] == "ip2p.world, core"
