@@ -9,6 +9,7 @@ is repeated. OUT holds a folder for each prompt: prompt.json, {seed}_0.jpg and {
 metadata.jsonl; samples.jsonl has the scores of all that was drawn, rest/ such pictures as are stored without being kept.
 """
 import argparse
+import fcntl
 import json
 import os
 import random
@@ -49,9 +50,7 @@ def main(args):
 
     args.out.mkdir(parents=True, exist_ok=True)
     args.scratch = args.out / ".shard-{}-of-{}.tmp".format(*args.shard)      # all that is not whole is in here
-    shutil.rmtree(args.scratch, ignore_errors=True)
-    args.scratch.mkdir()
-    try:
+    with holding(args.scratch):
         if args.filter_only:
             done, seeds = filter_pairs(args)
         else:
@@ -60,8 +59,6 @@ def main(args):
             if args.edits_only:
                 return 0
             done, seeds = draw_pairs(args)
-    finally:
-        shutil.rmtree(args.scratch)
 
     print("{prompts} prompts, {samples} pairs in {seconds:.0f} s, {rate:.2f} pairs/s; {kept} kept ({share:.0%})".format(
         **done, rate=done["samples"] / done["seconds"], share=done["kept"] / max(1, done["samples"])))
@@ -69,6 +66,25 @@ def main(args):
     if seeds:
         print(f"python train.py --stage edit --data {args.out}")
     return 0
+
+
+@contextmanager
+def holding(scratch):
+    """A folder that is empty, this run's alone, and gone with the block. ValueError if another run holds it."""
+    scratch.mkdir(exist_ok=True)
+    lock = os.open(scratch, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise ValueError(f"{scratch.parent}: another run is at work there, on the same shard") from None
+    try:
+        for leftover in scratch.iterdir():
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        yield
+    finally:
+        shutil.rmtree(scratch)
+        os.close(lock)
 
 
 # ---- captions to edits
@@ -87,6 +103,8 @@ def write_edits(args):
             time.sleep(1)
     if is_written():
         return
+    if path.exists() and (captions := read_json(path)["captions"]) != settings["captions"]:
+        raise ValueError(f"{args.out} holds edits of {captions} captions, not of {settings['captions']}: give another --out")
     captions = read_captions(args.captions) if args.captions else world_captions(World(), args.seed)
     report = generate_edits(EditWriter.load(args.gpt, args.device), captions, args.out / "edits.jsonl", seed=args.seed,
                             count=args.num_captions)
@@ -174,10 +192,18 @@ def begin_or_continue(args, limits):
     path = args.out / "settings.json"
     if not path.exists():
         write_file(path, json.dumps(new, indent=1), args.scratch)
-    old = read_json(path)
+    old = read_settings(path)
     if changed := [f"{k} was {old.get(k)}, now {new.get(k)}" for k in old | new if old.get(k) != new.get(k)]:
         raise ValueError(f"{args.out} was begun with other settings ({'; '.join(changed)}): repeat its command, change the "
                          f"filter with --filter-only, or give another --out")
+
+
+def read_settings(path):
+    """settings.json of a set, or {} if it has none, as the published ones."""
+    settings = read_json(path) if path.exists() else {}
+    if settings:
+        settings.setdefault("miniature", settings.get("model") == "mini-sd.safetensors")          # the first did not say
+    return settings
 
 
 def filter_settings(args, limits):
@@ -222,10 +248,15 @@ def stores_all(args, name):
 
 def score(judge, folder, rows, caption, edited):
     """Add CLIP's four similarities to rows, of the pictures as they are stored."""
-    pictures = zip(*(map(open_image, find_pictures(folder, row)) for row in rows))
-    before, after = (torch.stack([to_pixels(p, *p.size) for p in column]) for column in pictures)
-    for row, scores in zip(rows, judge(before, after, [caption] * len(rows), [edited] * len(rows))):
-        row.update(scores)
+    by_size = {}
+    for row in rows:
+        pictures = [open_image(path) for path in find_pictures(folder, row)]
+        by_size.setdefault(tuple(p.size for p in pictures), []).append((row, *pictures))
+    for group in by_size.values():
+        own, *pictures = zip(*group)
+        before, after = (torch.stack([to_pixels(p, *p.size) for p in column]) for column in pictures)
+        for row, scores in zip(own, judge(before, after, [caption] * len(own), [edited] * len(own))):
+            row.update(scores)
 
 
 def keep_best(args, folder, rows, limits):
@@ -239,9 +270,11 @@ def filter_pairs(args):
     """Apply thresholds to what was drawn before. It is scored first if it has no scores, or if a --clip was given."""
     from ip2p.clip_filter import SCORES, ClipSimilarity
     path = args.out / "settings.json"
-    settings, again, judge = read_json(path) if path.exists() else None, args.clip is not None, None
-    if not again:                                                    # a set without our settings is the published kind
-        args.clip = (MINIATURE if settings and settings.get("miniature") else PAPER)["clip"]
+    settings, again = read_settings(path), args.clip is not None
+    if not again:                                                    # that of the scores that are there
+        args.clip = (settings.get("filter") or {}).get("clip") or (MINIATURE if settings.get("miniature") else PAPER)["clip"]
+        args.clip = MINIATURE["clip"] if args.clip == Path(MINIATURE["clip"]).name else args.clip
+    judge = ClipSimilarity.load(args.clip, args.device) if again else None
     limits, done, gone = choose_thresholds(args), Counter(prompts=0, samples=0, kept=0), 0
     print(f"out={args.out} clip={args.clip} max_out_samples={args.max_out_samples}", limits, flush=True)
     if settings:                                                     # a filter that was begun has to be ended
@@ -251,8 +284,7 @@ def filter_pairs(args):
     with finishing(args, done) as seeds:
         for file in tqdm(prompts, unit="prompt", dynamic_ncols=True):
             folder, (caption, _, edited) = file.parent, prompt_texts(read_json(file), file)
-            lists = [p for p in (folder / "samples.jsonl", folder / "metadata.jsonl") if p.exists()]
-            rows = [row for _, row in read_jsonl(lists[0])] if lists else []
+            rows = read_samples(folder)
             new = [row for row in rows if (again or not row.keys() >= set(SCORES)) and find_pictures(folder, row)]
             for start in range(0, len(new), args.batch_size):
                 judge = judge or ClipSimilarity.load(args.clip, args.device)
@@ -266,6 +298,21 @@ def filter_pairs(args):
     if gone:
         print(f"{gone} more would pass, but their pictures were not stored; --keep-all does that when pairs are drawn")
     return done, seeds
+
+
+def read_samples(folder):
+    """The rows of a prompt's pairs, one for each, though a list of the published kind may have some twice; of pairs that no
+    list has, the seed alone."""
+    rows = {}
+    for file in [p for p in (folder / "samples.jsonl", folder / "metadata.jsonl") if p.exists()][:1]:
+        for number, row in read_jsonl(file):
+            if "seed" not in row:
+                raise ValueError(f"{file}:{number}: a pair without its seed")
+            rows[row["seed"]] = row
+    for seed in sorted(path.name.removesuffix("_0.jpg") for path in folder.glob("*_0.jpg")):
+        if seed not in map(str, rows):
+            rows[seed] = dict(seed=int(seed) if seed.isdigit() else seed)
+    return list(rows.values())
 
 
 @contextmanager

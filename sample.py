@@ -68,7 +68,7 @@ def main(args):
                          model=Path(args.model).name if Path(args.model).exists() else args.model,
                          vae=args.vae and Path(args.vae).name, dtype=args.dtype)
     print(" ".join(f"{k}={v!r}" for k, v in record.items()), f"seed={args.seed} device={args.device}", flush=True)
-    note_prompts(model.tokenizer, args.prompt, args.negative_prompt)
+    note_prompts(model.tokenizer, args)
     if args.compile:
         import torch
         model.unet.forward = torch.compile(model.unet.forward)
@@ -182,15 +182,15 @@ def choose_device(device, dtype):
     return device, dtype, {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
 
 
-def note_prompts(tokenizer, prompts, negative_prompt):
+def note_prompts(tokenizer, args):
     """Say what will not be taken at its word."""
     room = tokenizer.config.context_length - 2                 # the start and end tokens take two places
-    for prompt in [*prompts, negative_prompt]:
+    for prompt in [*args.prompt, args.negative_prompt, args.source_prompt or ""]:
         tokens = tokenizer.encode(prompt)
         if len(tokens) > room:
             print(f"note: a prompt of {len(tokens)} tokens is longer than the model reads; its first {room} are kept: "
                   f"{' '.join(prompt.split())[:40]}...", file=sys.stderr)
-    if not all(prompt.strip() for prompt in prompts):
+    if args.method == "ip2p" and not all(prompt.strip() for prompt in args.prompt):
         print("note: an empty prompt gives the picture back, as it comes out of the autoencoder", file=sys.stderr)
 
 
@@ -212,7 +212,7 @@ def restore_size(result, image, shrink):
 def free_name(folder, words):
     """A path like folder/fox-make-it-night.png that is not taken, with a number where that one is."""
     name = re.sub(r"\W+", "-", "-".join(words[1:]).lower())
-    name = f"{words[0]}-{name}".encode(errors="ignore")[:180].decode(errors="ignore").strip("-")
+    name = f"{words[0]}-{name}".encode(errors="ignore")[:180].decode(errors="ignore").strip("-") or "picture"
     names = chain([name], (f"{name}-{i}" for i in count(2)))
     return next(path for path in (folder / f"{name}.png" for name in names) if not path.exists())
 

@@ -83,7 +83,12 @@ def load_checkpoint(path, *, device=None, dtype=None, vae=None, in_channels=None
         print(f'ip2p: {path} does not say what it predicts; taking "{guess}". If pictures come out as noise, pass '
               f'parameterization="{"eps" if guess == "v" else "v"}"', file=sys.stderr)
     parameterization = parameterization or found.parameterization or guess
-    if parameterization not in PREDICTION:
+    for name, kind in dict(sample_steps=int, cfg_text=(int, float), cfg_image=(int, float)).items():
+        if not isinstance(found.record.get(name, 1), kind):
+            raise ValueError(f"{local}: its {name} must be a number, got {found.record[name]!r}")
+    if not isinstance(found.image_size or 1, int):
+        raise ValueError(f"{local}: its image_size must be a number, got {found.image_size!r}")
+    if not isinstance(parameterization, str) or parameterization not in PREDICTION:
         raise ValueError(f'{local}: parameterization must be "eps" or "v", got {parameterization!r}')
     image_size = found.image_size or (768 if is_sd2 and parameterization == "v" else 512)
     return Parts(unet, vae, text, parameterization, image_size, found.record)
@@ -193,7 +198,7 @@ def _build(part, found, path, device, dtype, in_channels):
             model = model_class(config)
     except KeyError as error:
         raise ValueError(f"{path}: its {what} lacks the key {error.args[0]}") from error
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError, AssertionError) as error:
+    except (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError, AssertionError) as error:
         raise ValueError(f"{path}: its {what}: {' '.join(str(error).split())}") from error
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     problems = []

@@ -6,7 +6,6 @@ pictures. The published thresholds are for OpenAI's ViT-L/14; `calibrate` finds 
 """
 import json
 import logging
-import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -143,7 +142,7 @@ class Thresholds:
     def passed_by(self, scores: dict) -> bool:
         """Whether a row reaches all of them. A score that is missing, or not a number, reaches none."""
         least = (self.caption, self.caption, self.direction, self.image)
-        return all(scores.get(name, math.nan) >= value for name, value in zip(SCORES, least))
+        return all(isinstance(score := scores.get(name), (int, float)) and score >= value for name, value in zip(SCORES, least))
 
 
 def keep(rows: list[dict], thresholds: Thresholds, most: int) -> list[dict]:

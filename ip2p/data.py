@@ -297,7 +297,7 @@ def write_sheet(out: Path, scratch: Path, most: tuple[int, int] = (40, 24)):
     cells = [], []
     for file in islice(sorted(out.glob("*/samples.jsonl")), 200):
         folder, (caption, edit, _) = file.parent, prompt_texts(read_json(file.parent / "prompt.json"), file.parent)
-        rows = sorted((row for _, row in read_jsonl(file)), key=lambda row: -row.get("clip_sim_dir", 0))
+        rows = sorted((row for _, row in read_jsonl(file) if "seed" in row), key=lambda row: -(row.get("clip_sim_dir") or 0))
         for cell, place, most_here in zip(cells, (folder, folder / "rest"), most):
             ranked = rows if place == folder else rows[::-1]
             found = next((row for row in ranked if [p.parent for p in find_pictures(folder, row)] == [place, place]), None)
@@ -306,7 +306,8 @@ def write_sheet(out: Path, scratch: Path, most: tuple[int, int] = (40, 24)):
                 for picture in pictures:
                     picture.thumbnail((160, 160))
                 verdict = "kept" if place == folder else "not kept" if "clip_sim_dir" in found else "not filtered"
-                scores = [f"{name[5:]} {found[name]:.2f}" for name in found if name.startswith("clip_")]
+                scores = [f"{name[5:]} {found[name]:.2f}" for name in found
+                          if name.startswith("clip_") and isinstance(found[name], (int, float))]
                 cell.extend(zip(pictures, (caption, f"[{edit}] {verdict}: {', '.join(scores)}")))
     blank = [(Image.new("RGB", (1, 1), "white"), "")] * (-len(cells[0]) % 8)          # rejected pairs begin a new row
     if any(cells):

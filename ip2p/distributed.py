@@ -13,7 +13,7 @@ def check_device(device: str):
     """ValueError unless torch can use the device."""
     try:
         torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         usable = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         reason = re.split(r"[.\n]", str(error))[0]
         raise ValueError(f"--device {device} cannot be used here ({reason}); there is {', '.join(usable)}") from None

@@ -74,7 +74,7 @@ def read_triples(paths: Iterable[str | Path]) -> list[dict]:
 
 
 def _json_lines(path) -> Iterator[tuple[int, dict]]:
-    with open(path, encoding="utf-8") as lines:
+    with open(path, encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
@@ -138,16 +138,20 @@ def read_captions(path: str | Path) -> Iterator[tuple[str, str | None]]:
     """(caption, url or None) of a file: .jsonl or .csv with the caption under "caption", "input" or "TEXT" and the address
     under "url" or "URL", else plain text with a caption a line. Raises ValueError naming file and line."""
     path = Path(path)
-    with open(path, encoding="utf-8", newline="" if path.suffix == ".csv" else None) as lines:
-        if path.suffix not in (".jsonl", ".csv"):
-            yield from ((" ".join(line.split()), None) for line in lines if line.strip())
-            return
-        rows = _json_lines(path) if path.suffix == ".jsonl" else enumerate(csv.DictReader(lines), 2)
-        for number, row in rows:
-            caption = next((row[key] for key in ("caption", "input", "TEXT") if isinstance(row.get(key), str)), "")
-            if not caption.strip():
-                raise ValueError(f"{path}:{number}: no caption under 'caption', 'input' or 'TEXT'")
-            yield " ".join(caption.split()), row.get("url", row.get("URL"))
+    try:
+        with open(path, encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None) as lines:
+            if path.suffix not in (".jsonl", ".csv"):
+                yield from ((" ".join(line.split()), None) for line in lines if line.strip())
+                return
+            rows = _json_lines(path) if path.suffix == ".jsonl" else enumerate(csv.DictReader(lines), 2)
+            for number, row in rows:
+                caption = next((row[key] for key in ("caption", "input", "TEXT") if isinstance(row.get(key), str)), "")
+                if not caption.strip():
+                    raise ValueError(f"{path}:{number}: no caption under 'caption', 'input' or 'TEXT'")
+                url = row.get("url", row.get("URL"))
+                yield " ".join(caption.split()), url and str(url)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as {path.suffix[1:] or 'text'} in UTF-8 ({error})") from None
 
 
 def world_captions(world: World, seed: int = 0, split: str = "train") -> Iterator[tuple[str, None]]:
@@ -169,10 +173,10 @@ def generate_edits(writer: EditWriter, captions: Iterable[tuple[str, str | None]
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = hashlib.sha256(b"".join(p.detach().float().cpu().numpy().tobytes() for p in writer.model.parameters()))
     settings = dict(seed=seed, model=weights.hexdigest()[:16], **sampling)
+    if path.exists() and path.stat().st_size and not (rejected.exists() and rejected.stat().st_size):
+        raise ValueError(f"{path} holds edits, but {rejected}, which says how they were made, is missing")
     for file in (path, rejected):
         _cut_torn_line(file)
-    if path.stat().st_size and not rejected.stat().st_size:
-        raise ValueError(f"{path} holds edits, but {rejected}, which says how they were made, is missing")
     with open(path, "a", encoding="utf-8") as kept, open(rejected, "a", encoding="utf-8") as others:
         if not others.tell():
             print(json.dumps({"settings": settings}), file=others, flush=True)

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
 from torch import Tensor
 
 from .tensorfiles import replacing
 
+UPRIGHT = dict(zip(range(2, 9), (Image.Transpose[name] for name in (                      # by EXIF's orientation
+    "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"))))
 MAX_ASPECT = 16                  # beyond this a picture is a line once its long side fits a model
 
 
@@ -44,7 +46,13 @@ def check_shape(image: Image.Image):
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Upright by its EXIF tag, 8 bits a channel, transparency laid over white."""
-    image = ImageOps.exif_transpose(image)
+    if (turn := UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))) is not None:      # the rest may be damaged
+        image = image.transpose(turn)
+        for name in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):             # where it is turned already
+            image.info.pop(name, None)
+    if image.mode == "F":
+        values = np.asarray(image)
+        image = Image.fromarray((values * (255 if values.max() <= 1 else 1)).clip(0, 255).astype(np.uint8))
     if image.mode.startswith("I"):                                        # 16 bits of gray
         image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
     if image.has_transparency_data:

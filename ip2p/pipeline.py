@@ -178,7 +178,8 @@ class InstructPix2Pix:
         else:
             predict, scales, options = self.predict, (cfg_text, cfg_image), {}
         with self.working(self.unet):
-            denoise = instruct_denoiser(predict, context, null.expand_as(context), image_latents, *scales, self.read_text, one_by_one=self.low_memory)
+            denoise = instruct_denoiser(predict, context, null.expand_as(context), image_latents, *scales, self.read_text,
+                                        one_by_one=self.low_memory)
             if self.device.type == "cuda" and steps > 4:                  # recording takes as long as a few steps do
                 denoise = CUDAGraphed(denoise)
             return self._sample(denoise, image_latents.shape, steps, sampler, seeds, x_T, eta, progress, **options)

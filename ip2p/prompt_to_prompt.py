@@ -67,7 +67,8 @@ def replacement_mapper(source: str, target: str, tokenizer: Tokenizer) -> tuple[
     changes = [(x, y) for (a, x), (b, y) in zip(xs, ys) if a != b] if same_count else _aligned_changes(xs, ys, tokenizer)
     i = j = 0                                                                # mapped so far
     for x, y in changes:
-        mapper[torch.arange(i, x.start), torch.arange(j, y.start)] = 1
+        alike = min(x.start - i, y.start - j)                                 # they differ where the context cut a word off
+        mapper[torch.arange(i, i + alike), torch.arange(j, j + alike)] = 1
         if not x:
             new[y.start:y.stop] = True
         elif len(x) == len(y):

@@ -79,7 +79,8 @@ class Pool:
             self.number = number
         order = torch.randperm(block, generator=seeded(self.args.seed, number, again))
         chosen = order[turn * B:(turn + 1) * B][rows]
-        return [c[to_device(chosen, str(c.device))] if torch.is_tensor(c) else [c[i] for i in chosen.tolist()] for c in self.columns]
+        return [c[to_device(chosen, str(c.device))] if torch.is_tensor(c) else [c[i] for i in chosen.tolist()]
+                for c in self.columns]
 
 
 @torch.no_grad()

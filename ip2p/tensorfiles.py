@@ -176,7 +176,18 @@ def _state_dict(root, storage):
     record = root.get("ip2p", {})
     if isinstance(root.get("global_step"), int):
         record = {"global_step": root["global_step"], **record}
-    return tensors, json.loads(json.dumps(record))
+    return tensors, json.loads(_to_json(record))
+
+
+def _to_json(record, most=2 ** 20):
+    """At most so many characters: in a few bytes of pickle a list can hold another twice, that one another twice, and so on."""
+    parts, length = [], 0
+    for part in json.JSONEncoder().iterencode(record):
+        parts.append(part)
+        length += len(part)
+        if length > most:
+            raise ValueError("its record of itself is too long")
+    return "".join(parts)
 
 
 def _read_zip(path, data):

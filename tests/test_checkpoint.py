@@ -235,6 +235,9 @@ def test_parameterization_and_size_are_told_or_guessed(tmp_path, capsys):
     assert opened() == ("eps", 512, "")
     assert opened(parameterization="v") == ("v", 512, "")
     assert "must be" in error_of(path, parameterization="epsilon")
+    for name, value in dict(image_size="big", parameterization=["eps"], sample_steps="8", cfg_text=[1], cfg_image=None).items():
+        torch.save({"state_dict": state, "ip2p": {"parameterization": "eps", name: value}}, path)
+        assert f"{name} must be" in error_of(path)
 
 
 # ---- memory and randomness ----

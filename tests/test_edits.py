@@ -81,11 +81,20 @@ def test_bad_triples_are_reported_in_one_line(tmp_path, line, complaint):
 @pytest.mark.parametrize("name, text", [
     ("c.txt", "a fox\n\n  a  cat \n"), ("c.csv", 'URL,TEXT\nhttp://x,a fox\n,"a\n cat"\n'),
     ("c.jsonl", '{"caption": "a fox", "url": "http://x"}\n{"input": "a cat"}\n')])
-def test_captions_are_read_from_every_kind_of_file(tmp_path, name, text):
-    (tmp_path / name).write_text(text)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_captions_are_read_from_every_kind_of_file(tmp_path, name, text, encoding):
+    (tmp_path / name).write_text(text, encoding)
     rows = list(read_captions(tmp_path / name))
     assert [caption for caption, _ in rows] == ["a fox", "a cat"]
     assert [url or None for _, url in rows] == ([None, None] if name == "c.txt" else ["http://x", None])
+
+
+@pytest.mark.parametrize("name, content", [("c.txt", b"a caf\xe9"), ("c.jsonl", b'{"caption": "\xe9"}'), ("c.csv", b'TEXT\n"' + b"a" * 200_000)])
+def test_captions_that_cannot_be_read_are_one_line(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}: cannot be read as .* in UTF-8") as error:
+        list(read_captions(tmp_path / name))
+    assert "\n" not in str(error.value)
 
 
 # ---- learning
@@ -238,8 +247,11 @@ def test_edits_of_another_seed_or_model_are_not_mixed(encoding, tmp_path):
         with pytest.raises(ValueError, match="begun with other settings"):
             generate_edits(writer, CAPTIONS, path, seed=seed)
     rejected_path(path).unlink()
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))                        # as an editor may leave it: nothing of it is lost
+    whole = path.read_bytes()
     with pytest.raises(ValueError, match="which says how they were made, is missing"):
         generate_edits(writer, CAPTIONS, path)
+    assert path.read_bytes() == whole
 
 
 @pytest.mark.parametrize("caption, output, kind", [

@@ -239,13 +239,42 @@ def test_filter_only_gives_what_drawing_with_those_thresholds_gives(cli, tmp_pat
     assert cli().code == 0 and tree(out) == tree(whole)                    # and drawing could go on
 
 
-@pytest.mark.parametrize("miniature, clip", [(True, "mini-clip.safetensors"), (False, "ViT-L-14:openai")])
-def test_filter_only_goes_by_what_drew_the_pairs(tmp_path, capsys, whole, miniature, clip):
+@pytest.mark.parametrize("own, clip", [
+    (dict(miniature=True, filter=None), "mini-clip.safetensors"), (dict(miniature=False, filter=None), "ViT-L-14:openai"),
+    (dict(miniature=True, filter=dict(clip="RN50:openai")), "RN50:openai"), (dict(model="mini-sd.safetensors"), "mini-clip.safetensors")])
+def test_filter_only_goes_by_what_judged_the_pairs_or_drew_them(tmp_path, capsys, whole, own, clip):
     out = shutil.copytree(whole, tmp_path / "out")
-    settings = json.loads((out / "settings.json").read_text())
-    (out / "settings.json").write_text(json.dumps(settings | dict(miniature=miniature, model="mine.safetensors")))
+    (out / "settings.json").write_text(json.dumps(dict(model="mine.safetensors") | own))
     assert make_data.run(["--filter-only", "--out", str(out)]) == 0
     assert f"{clip} max_out_samples" in capsys.readouterr().out
+
+
+def test_filter_only_with_a_clip_that_is_not_here_changes_nothing(tmp_path, capsys, whole):
+    out = shutil.copytree(whole, tmp_path / "out")
+    for flags in ([], ["--clip", "RN5O:openai"], ["--clip", "nowhere.safetensors"]):
+        assert make_data.run(["--filter-only", "--out", str(out), *flags]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1 and tree(out) == tree(whole)
+
+
+def test_filter_only_of_odd_sets(models, tmp_path, capsys):
+    """Pictures of several sizes, a pair that is listed twice, one that is not listed, a score that is none."""
+    folder = tmp_path / "0000000"
+    folder.mkdir()
+    (folder / "prompt.json").write_text(json.dumps(dict(caption="a fox", edit="make it blue", output="a blue fox")))
+    for seed, side in ((1, 32), (2, 48), (3, 32)):
+        for k in range(2):
+            Image.new("RGB", (side, side), "red").save(folder / f"{seed}_{k}.jpg")
+    none = dict.fromkeys(("clip_sim_0", "clip_sim_1", "clip_sim_dir", "clip_sim_image"))
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(dict(seed=seed) | none) + "\n" for seed in (1, 2, 2)))
+    clip = "--clip", str(models / "clip.safetensors")
+    assert make_data.run(["--filter-only", "--out", str(tmp_path), *LOOSE, *clip]) == 0
+    listed = [row["seed"] for _, row in read_jsonl(folder / "metadata.jsonl")]
+    assert sorted(listed) == [1, 2, 3] == sorted(int(p.name[0]) for p in folder.glob("*_0.jpg"))
+    (folder / "samples.jsonl").write_text("".join(json.dumps(dict(seed=seed) | none) + "\n" for seed in (1, 2, 3)))
+    assert make_data.run(["--filter-only", "--out", str(tmp_path)]) == 0 and "0 kept" in capsys.readouterr().out
+    (folder / "samples.jsonl").write_text("{}\n")
+    assert make_data.run(["--filter-only", "--out", str(tmp_path)]) == 2
+    assert "samples.jsonl:1: a pair without its seed" in capsys.readouterr().err
 
 
 def test_filter_only_scores_again_only_with_a_clip(models, tmp_path, capsys, whole):
@@ -396,6 +425,15 @@ def test_shards_side_by_side_write_what_one_run_writes(models, tmp_path, whole):
     for process in processes:
         assert process.wait(timeout=120) == 0, process.stderr.read()
     assert tree(out) == tree(whole)
+
+
+def test_a_second_run_on_the_same_shard_is_refused(models, tmp_path, capsys, cli):
+    with make_data.holding(scratch := tmp_path / ".shard-0-of-1.tmp"):
+        (scratch / "file").touch()
+        assert make_data.run(["--filter-only", "--out", str(tmp_path)]) == 2                    # holds no pairs
+        assert make_data.run(["--edits-only", "--out", str(tmp_path)]) == 2
+        assert "another run is at work there" in capsys.readouterr().err and (scratch / "file").exists()
+    assert not scratch.exists()
 
 
 def test_shards_one_after_the_other(cli, tmp_path, whole):

@@ -28,6 +28,14 @@ class Evil:
         return functools.partial(os.system, command), ()       # calls what a call has made
 
 
+def test_a_record_that_unfolds_without_end_is_refused(tmp_path):
+    nested = []
+    for _ in range(40):
+        nested = [nested, nested]                              # 2 ** 40 lists in a few hundred bytes
+    torch.save({"ip2p": {"data": nested}, "state_dict": {"a": torch.zeros(1)}}, tmp_path / "m.ckpt")
+    assert "its record of itself is too long" in error_of(tmp_path / "m.ckpt")
+
+
 def torch_zip(path, data_pkl, root="archive"):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(f"{root}/data.pkl", data_pkl)

@@ -189,3 +189,14 @@ def test_words_are_found_beside_punctuation(clip):
     """The comma is the third token of "a cat, here.", the dot the fifth."""
     assert 2 in word_tokens("a cat, here.", "cat", clip) and 4 in word_tokens("a cat, here.", "here", clip)
     assert set(word_tokens("a cat, here.", "cat", clip)) <= {2, 3} and word_tokens("a (cat) here", "here", clip) == [5]
+
+
+@pytest.mark.parametrize("new", range(1, 6))
+def test_a_context_that_cuts_a_word_off_between_two_changes(clip, new):
+    """Words new at the front push others out at the end: what lies between keeps its maps, as far as both prompts have it."""
+    words = [f"lasagne{a}{b}" for a in "pqrstuvwxyz" for b in "kmn"]                     # each of several tokens, all different
+    source, target = " ".join(words), " ".join(["snowy"] * new + words)
+    weights, _ = replacement_mapper(source, target, clip)
+    ids, longer = clip([source, target])
+    assert torch.equal(weights[:, 1 + new:76].sum(0), torch.ones(75 - new))
+    assert torch.equal(ids[weights[:, 1 + new:76].argmax(0)], longer[1 + new:76])

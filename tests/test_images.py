@@ -1,0 +1,91 @@
+"""Pictures of every kind in: any mode, any orientation, any damage."""
+import struct
+
+import numpy as np
+import pytest
+from pictures import colors
+from PIL import Image
+
+from ip2p.images import open_image, to_rgb
+
+UPRIGHT = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud,      # EXIF 2.3, section 4.6.4
+           5: lambda a: np.swapaxes(a, 0, 1), 6: lambda a: np.rot90(a, -1),
+           7: lambda a: np.rot90(np.swapaxes(a, 0, 1), 2), 8: lambda a: np.rot90(a)}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_exif_orientation(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture = colors(24, 16)
+    picture.save(tmp_path / "x.png", exif=exif)
+    assert np.array_equal(np.asarray(open_image(tmp_path / "x.png")), UPRIGHT[orientation](np.asarray(picture)))
+
+
+@pytest.mark.parametrize("tag", [0x0100, 0x011A, 0x0128, 0x0213])         # a width, resolution, its unit, and where colours lie
+def test_a_turned_picture_with_another_tag_that_is_wrong(tmp_path, tag):
+    """Text in the place of a number: it is turned all the same, once."""
+    entries = sorted([struct.pack("<HHII", 0x0112, 3, 1, 6), struct.pack("<HHI4s", tag, 2, 4, b"bad")], key=lambda e: e[1::-1])
+    picture = colors(24, 16)
+    picture.info["exif"] = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + b"".join(entries) + bytes(4)
+    for turned in (to_rgb(picture), to_rgb(to_rgb(picture))):
+        assert np.array_equal(np.asarray(turned), np.rot90(np.asarray(picture), -1))
+
+
+@pytest.mark.parametrize("most", [1, 255])
+def test_floats(tmp_path, most):
+    """In 0..1 or in 0..255."""
+    ramp = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
+    Image.fromarray(ramp * most).save(tmp_path / "x.tif")
+    assert np.abs(np.asarray(open_image(tmp_path / "x.tif"))[..., 0].astype(int) - 255 * ramp).max() <= 1
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_16_bit_gray(tmp_path, suffix):
+    ramp = (np.arange(256) * 257).astype(np.uint16).reshape(16, 16)                      # 0..65535
+    Image.fromarray(ramp).save(tmp_path / f"x{suffix}")
+    got = np.asarray(open_image(tmp_path / f"x{suffix}"))
+    assert np.array_equal(got, np.repeat(np.arange(256).reshape(16, 16, 1), 3, 2))
+
+
+@pytest.mark.parametrize("suffix, tolerance", [(".tif", 0), (".jpg", 3)])
+def test_cmyk(tmp_path, suffix, tolerance):
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / f"x{suffix}")          # red
+    got = np.asarray(open_image(tmp_path / f"x{suffix}")).astype(int)
+    assert np.abs(got - [255, 0, 0]).max() <= tolerance
+
+
+def test_transparency_is_laid_over_white(tmp_path):
+    for mode, color in (("RGBA", (0, 0, 0, 51)), ("LA", (0, 51))):                       # a fifth of black
+        Image.new(mode, (16, 16), color).save(tmp_path / "x.png")
+        assert np.abs(np.asarray(open_image(tmp_path / "x.png")).astype(int) - 204).max() <= 1
+    palette = Image.new("P", (16, 16), 1)
+    palette.putpalette([0, 0, 0, 200, 100, 50])
+    palette.paste(0, (0, 0, 8, 16))
+    palette.save(tmp_path / "x.png", transparency=0)
+    assert set(open_image(tmp_path / "x.png").getdata()) == {(255, 255, 255), (200, 100, 50)}
+    Image.new("RGB", (16, 16), "blue").save(tmp_path / "x.png", transparency=(0, 0, 255))
+    assert set(open_image(tmp_path / "x.png").getdata()) == {(255, 255, 255)}
+
+
+def test_palette_gray_and_one_bit(tmp_path):
+    picture = colors(16, 16).quantize(16)
+    for image in (picture, colors(16, 16).convert("L"), colors(16, 16).convert("1")):
+        image.save(tmp_path / "x.png")
+        got = open_image(tmp_path / "x.png")
+        assert got.mode == "RGB" and got.tobytes() == image.convert("RGB").tobytes()
+
+
+def test_damaged_pictures_never_give_a_traceback(tmp_path):
+    rng = np.random.default_rng(0)
+    for suffix in (".png", ".jpg", ".gif", ".webp", ".tif", ".bmp"):
+        colors(24, 16).save(tmp_path / f"x{suffix}")
+        whole = np.frombuffer((tmp_path / f"x{suffix}").read_bytes(), np.uint8)
+        for _ in range(30):
+            damaged = whole[:rng.integers(1, len(whole) + 1)].copy()
+            damaged[rng.integers(0, len(damaged), 3)] = rng.integers(0, 256, 3)
+            (tmp_path / "y").write_bytes(damaged.tobytes())
+            try:
+                assert open_image(tmp_path / "y").mode == "RGB"
+            except ValueError as error:
+                assert str(tmp_path / "y") in str(error)
