@@ -9,7 +9,6 @@ is repeated. OUT holds a folder for each prompt: prompt.json, {seed}_0.jpg and {
 metadata.jsonl; samples.jsonl has the scores of all that was drawn, rest/ such pictures as are stored without being kept.
 """
 import argparse
-import fcntl
 import json
 import os
 import random
@@ -71,6 +70,7 @@ def main(args):
 @contextmanager
 def holding(scratch):
     """A folder that is empty, this run's alone, and gone with the block. ValueError if another run holds it."""
+    import fcntl                                                             # Unix only
     scratch.mkdir(exist_ok=True)
     lock = os.open(scratch, os.O_RDONLY)
     try:
