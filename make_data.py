@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from ip2p.data import (find_pictures, keep_pictures, list_seeds, prompt_texts, read_json, read_jsonl, write_file, write_rows,
                        write_sheet)
+from ip2p.distributed import is_out_of_memory
 from ip2p.images import open_image, to_images, to_pixels
 from ip2p.stages import is_miniature
 from sample import Parser, choose_device, within
@@ -202,7 +203,7 @@ def read_settings(path):
     """settings.json of a set, or {} if it has none, as the published ones."""
     settings = read_json(path) if path.exists() else {}
     if settings:
-        settings.setdefault("miniature", settings.get("model") == "mini-sd.safetensors")          # the first did not say
+        settings.setdefault("miniature", settings.get("model") == "mini-sd.safetensors")          # sets made before this was stored
     return settings
 
 
@@ -363,7 +364,7 @@ def run(argv=None):
     except (ValueError, OSError) as error:
         print(f"make_data.py: {' '.join(str(error).split())}", file=sys.stderr)
     except (RuntimeError, MemoryError) as error:
-        if "memory" not in f"{error!r}".lower():
+        if not is_out_of_memory(error):
             raise
         print("make_data.py: out of memory; try a smaller --batch-size, or --dtype bf16", file=sys.stderr)
     except KeyboardInterrupt:

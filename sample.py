@@ -239,7 +239,8 @@ def run(argv=None):
     except (ValueError, OSError) as error:
         print(complaint(error), file=sys.stderr)
     except (RuntimeError, MemoryError) as error:
-        if "memory" not in f"{error!r}".lower():
+        from ip2p.distributed import is_out_of_memory
+        if not is_out_of_memory(error):
             raise
         print("sample.py: out of memory; try --low-memory, a smaller --size or --batch-size, or --dtype bf16", file=sys.stderr)
     except KeyboardInterrupt:

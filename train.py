@@ -372,7 +372,7 @@ def run_command(argv=None):
     except (ValueError, OSError) as error:
         print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
     except (RuntimeError, MemoryError) as error:
-        if "memory" not in f"{error!r}".lower():
+        if not distributed.is_out_of_memory(error):
             raise
         print("train.py: out of memory; try more parts (--accumulate), --checkpointing, --offload or a smaller --preset",
               file=sys.stderr)

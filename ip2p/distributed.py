@@ -13,10 +13,15 @@ def check_device(device: str):
     """ValueError unless torch can use the device."""
     try:
         torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         usable = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         reason = re.split(r"[.\n]", str(error))[0]
         raise ValueError(f"--device {device} cannot be used here ({reason}); there is {', '.join(usable)}") from None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether it is memory that was lacking: a GPU's or Python's own error says so, and on a CPU a plain RuntimeError."""
+    return "memory" in f"{error!r}".lower()
 
 
 def own_device(device: str) -> str:

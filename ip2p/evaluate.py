@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from .clip_filter import ClipSimilarity, Thresholds
 from .curve import evaluate_curve
-from .distributed import check_device
+from .distributed import check_device, is_out_of_memory
 from .images import contact_sheet, save_image, to_images
 from .inversion import invert
 from .pipeline import InstructPix2Pix
@@ -111,7 +111,7 @@ def run_command(argv=None):
     except (ValueError, OSError) as error:
         print(f"ip2p.evaluate: {' '.join(str(error).split())}", file=sys.stderr)
     except (RuntimeError, MemoryError) as error:
-        if "memory" not in f"{error!r}".lower():
+        if not is_out_of_memory(error):
             raise
         print("ip2p.evaluate: out of memory; try a smaller --batch-size, or --dtype bf16", file=sys.stderr)
     except KeyboardInterrupt:
