@@ -25,12 +25,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ip2p.command_line import Parser, exit_status, within
 from ip2p.data import (find_pictures, keep_pictures, list_seeds, prompt_texts, read_json, read_jsonl, write_file, write_rows,
                        write_sheet)
-from ip2p.distributed import is_out_of_memory
+from ip2p.distributed import choose_device
 from ip2p.images import open_image, to_images, to_pixels
 from ip2p.stages import is_miniature
-from sample import Parser, choose_device, within
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 PAPER = dict(clip="ViT-L-14:openai", steps=100, n_samples=100)
@@ -357,20 +357,9 @@ def calibrate(args):
 
 
 def run(argv=None):
-    """main, with one line on stderr for whatever the user can put right. Returns the exit status."""
+    """The command; returns its exit status."""
     args = parse(argv)
-    try:
-        return main(args)
-    except (ValueError, OSError) as error:
-        print(f"make_data.py: {' '.join(str(error).split())}", file=sys.stderr)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        print("make_data.py: out of memory; try a smaller --batch-size, or --dtype bf16", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("\nmake_data.py: stopped; repeat the command to go on", file=sys.stderr)
-        return 130
-    return 2
+    return exit_status("make_data.py", lambda: main(args), "a smaller --batch-size, or --dtype bf16", "repeat the command to go on")
 
 
 def shard(text):
@@ -382,7 +371,7 @@ def shard(text):
 
 
 def parse(argv=None):
-    p = Parser(prog="make_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(prog="make_data.py", description=__doc__)
     flag, share, scale, cosine = p.add_argument, within(float, 0, 1), within(float, -1000, 1000), within(float, -1, 1)
     flag("--out", type=Path, default=Path("data"), help="the data set's folder (default: %(default)s)")
     flag("--model", default=str(WEIGHTS / "mini-sd.safetensors"), help="a text-to-image model: a file, a diffusers folder "

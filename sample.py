@@ -10,13 +10,14 @@ The second makes sheets that show what the two guidance scales do. The third edi
 and Prompt-to-Prompt: prompts then say what the pictures shall show. Every prompt is applied to every picture; results are
 PNG files in outputs/ that record, as JSON in their text chunk "ip2p", what is needed to make them again.
 """
-import argparse
 import json
 import re
 import sys
 import tempfile
 from itertools import chain, count, islice, product
 from pathlib import Path
+
+from ip2p.command_line import Parser, complaint, exit_status, within
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 EDITOR = WEIGHTS / "mini-ip2p-fast.safetensors", "path/to/instruct-pix2pix-00-22000.safetensors or --model timbrooks/instruct-pix2pix"
@@ -29,6 +30,7 @@ READ = (*WRITTEN, ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm")     
 def main(args):
     """The exit status: 2 if a picture could not be read, else 0. ValueError for what can be put right."""
     from tqdm import tqdm
+    from ip2p.distributed import choose_device
     from ip2p.grid import grid_sheet
     from ip2p.pipeline import InstructPix2Pix
 
@@ -148,7 +150,7 @@ def open_pictures(paths, bad):
             yield path, open_image(path)
         except ValueError as error:
             bad.append(path)
-            tqdm.write(complaint(error), file=sys.stderr)
+            tqdm.write(f"sample.py: {complaint(error)}", file=sys.stderr)
 
 
 def check_output(output, paths, results):
@@ -170,16 +172,6 @@ def check_output(output, paths, results):
     except OSError as error:
         raise ValueError(f"--output {output}: cannot be written ({error.strerror}); name another place") from None
     return folder, file
-
-
-def choose_device(device, dtype):
-    """Names of the device and dtype, by default of what exists, and torch's dtype. ValueError if there is no such device."""
-    import torch
-    from ip2p.distributed import check_device, own_device
-    device = own_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    check_device(device)
-    dtype = dtype or ("bf16" if device.startswith("cuda") else "fp32")
-    return device, dtype, {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
 
 
 def note_prompts(tokenizer, args):
@@ -227,46 +219,14 @@ def save(picture, path, record):
     save_image(picture, path, **options)
 
 
-def complaint(error):
-    return f"sample.py: {' '.join(str(error).split())}"
-
-
 def run(argv=None):
-    """main, with one line on stderr for whatever the user can put right. Returns the exit status."""
+    """The command; returns its exit status."""
     args = parse(argv)
-    try:
-        return main(args)
-    except (ValueError, OSError) as error:
-        print(complaint(error), file=sys.stderr)
-    except (RuntimeError, MemoryError) as error:
-        from ip2p.distributed import is_out_of_memory
-        if not is_out_of_memory(error):
-            raise
-        print("sample.py: out of memory; try --low-memory, a smaller --size or --batch-size, or --dtype bf16", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("\nsample.py: stopped", file=sys.stderr)
-        return 130
-    return 2
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):                                  # one line, without the usage
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def within(kind, least, most):
-    """An argparse type: a finite number with bounds."""
-    def convert(text):
-        value = kind(text)
-        if not least <= value <= most:                         # NaN is not
-            raise argparse.ArgumentTypeError(f"must be in {least}..{most}, got {text}")
-        return value
-    convert.__name__ = kind.__name__                           # for argparse's own message
-    return convert
+    return exit_status("sample.py", lambda: main(args), "--low-memory, a smaller --size or --batch-size, or --dtype bf16")
 
 
 def parse(argv=None):
-    p = Parser(prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(prog="sample.py", description=__doc__)
     flag, scale = p.add_argument, within(float, -1000, 1000)
     flag("--image", nargs="+", required=True, help="pictures to edit: files, or folders of them (no default)")
     flag("--prompt", nargs="+", required=True, help="instructions, each for every picture (no default)")

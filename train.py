@@ -26,6 +26,7 @@ from torch import nn
 
 from ip2p import InstructPix2Pix, distributed
 from ip2p.checkpoint import load_checkpoint, save_checkpoint
+from ip2p.command_line import Parser, exit_status
 from ip2p.data import find_pairs
 from ip2p.distill import train_distill
 from ip2p.features import CachedPairs, hash_weights
@@ -37,7 +38,6 @@ from ip2p.stages import Pool, diffusion_loss, draw_timesteps, history, is_coolin
 from ip2p.tensorfiles import read_state_dict
 from ip2p.training import seeded
 from ip2p.world import World
-from sample import Parser
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -357,31 +357,19 @@ def check(args):
 
 
 def run_command(argv=None):
-    """main, with one line on stderr for whatever the user can put right. Returns the exit status."""
+    """The command; returns its exit status: 0 too after Ctrl-C or SIGTERM, as all that is needed to go on is saved."""
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        args = parse(argv)
-        if args.stage == "all":
-            train_all(args, argv)
-        else:
-            main(args)
-        return 0
-    except KeyboardInterrupt as stopped:                          # Ctrl-C or SIGTERM: all that is needed to go on is saved
-        print(f"train.py: {stopped if str(stopped) else 'stopped'}; repeat the command to go on", file=sys.stderr)
-        return 0
-    except (ValueError, OSError) as error:
-        print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
-    except (RuntimeError, MemoryError) as error:
-        if not distributed.is_out_of_memory(error):
-            raise
-        print("train.py: out of memory; try more parts (--accumulate), --checkpointing, --offload or a smaller --preset",
-              file=sys.stderr)
-    return 2
+    args = parse(argv)
+
+    def command():
+        train_all(args, argv) if args.stage == "all" else main(args)
+
+    return exit_status("train.py", command, "more parts (--accumulate), --checkpointing, --offload or a smaller --preset",
+                       "repeat the command to go on", status_if_stopped=0)
 
 
 def parse(argv=None):
-    parser = Parser(prog="train.py", description=__doc__.format(presets=ABOUT_PRESETS),
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="train.py", description=__doc__.format(presets=ABOUT_PRESETS))
     flag, switch = parser.add_argument, argparse.BooleanOptionalAction
     stages, own = [*LEARN, *CHANGE, "all"], "(default: the stage's or the preset's own)"
     flag("--stage", choices=stages, default="edit", help="what to train (default: %(default)s)")

@@ -29,8 +29,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .bench_programs import (DTYPES, WEIGHTS, draw_by_diffusers, draw_by_ip2p, edit_by_diffusers, edit_by_ip2p, export,
+from .bench_programs import (WEIGHTS, draw_by_diffusers, draw_by_ip2p, edit_by_diffusers, edit_by_ip2p, export,
                              train_by_diffusers, train_by_ip2p)
+from .command_line import Parser, exit_status
+from .distributed import DTYPES
 from .sides import Side, side_by_side, take_turns
 from .tables import decimal, print_table
 
@@ -224,8 +226,7 @@ KINDS = {"edit": (bench_edit, [1], [20]), "growth": (bench_growth, [1, 2, 4, 8, 
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(prog="python -m ip2p.bench", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(prog="python -m ip2p.bench", description=__doc__)
     flag = p.add_argument
     flag("what", choices=KINDS, help="what to measure")
     flag("--model", help="a checkpoint (default: weights/mini-ip2p.safetensors; pairs: mini-sd.safetensors)")
@@ -249,16 +250,18 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.repeats < 1:
         p.error(f"--repeats must be at least 1, got {args.repeats}")
+    if args.what == "train" and args.dtype == "fp16":
+        p.error("train measures fp32 and bf16: fp16 would need its losses scaled")
     bench, batch_size, steps = KINDS[args.what]
     args.batch_size, args.steps = args.batch_size or batch_size, args.steps or steps
-    try:
-        bench(args)
-        return 0
-    except (ValueError, OSError) as error:
-        print(f"ip2p.bench: {' '.join(str(error).split())}", file=sys.stderr)
-    except ImportError as error:
-        print(f'ip2p.bench: {error}; pip install -e ".[bench]"', file=sys.stderr)
-    return 2
+
+    def command():
+        try:
+            bench(args)
+        except ImportError as error:
+            raise ValueError(f'{error}; pip install -e ".[bench]"') from None
+
+    return exit_status("ip2p.bench", command, "a smaller --size or --batch-size, or --dtype bf16")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 from .checkpoint import Parts
+from .distributed import DTYPES
 from .guidance import dropout_masks
 from .pipeline import InstructPix2Pix
 from .prompt_to_prompt import AttentionControl, ControlledRun, control_pairs
@@ -25,7 +26,6 @@ from .unet import UNet, UNetConfig
 from .vae import AutoencoderKL
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
-DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
 CFG_TEXT = 3.0                                                     # of pairs
 
 

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
+
 
 def check_device(device: str):
     """ValueError unless torch can use the device."""
@@ -19,14 +21,17 @@ def check_device(device: str):
         raise ValueError(f"--device {device} cannot be used here ({reason}); there is {', '.join(usable)}") from None
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether it is memory that was lacking: a GPU's or Python's own error says so, and on a CPU a plain RuntimeError."""
-    return "memory" in f"{error!r}".lower()
-
-
 def own_device(device: str) -> str:
     """Of "cuda" the GPU that is this process's own, should torchrun have started several; else the device."""
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+
+
+def choose_device(device: str | None, dtype: str | None):
+    """Names of the device and dtype, by default of what exists, and torch's dtype. ValueError if there is no such device."""
+    device = own_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    check_device(device)
+    dtype = dtype or ("bf16" if device.startswith("cuda") else "fp32")
+    return device, dtype, DTYPES[dtype]
 
 
 def start(device: str):

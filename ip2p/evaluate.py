@@ -5,7 +5,6 @@
     python -m ip2p.evaluate curve            # the paper's figure: ours, SDEdit and Prompt-to-Prompt, by CLIP
     python -m ip2p.evaluate pairs            # what the share of attention does to drawn pairs, for both controls
 """
-import argparse
 import sys
 from functools import partial
 from itertools import product
@@ -15,8 +14,9 @@ import torch
 from tqdm import tqdm
 
 from .clip_filter import ClipSimilarity, Thresholds
+from .command_line import Parser, exit_status
 from .curve import evaluate_curve
-from .distributed import check_device, is_out_of_memory
+from .distributed import DTYPES, check_device
 from .images import contact_sheet, save_image, to_images
 from .inversion import invert
 from .pipeline import InstructPix2Pix
@@ -25,7 +25,6 @@ from .truth import FIXED, evaluate_edits, evaluate_pictures, psnr, through, unch
 from .world import World
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
-DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
 CONTROLS = ("self-attention", "cross-attention")
 
 
@@ -100,29 +99,20 @@ def check(args):
 
 
 def run_command(argv=None):
-    """One evaluation, with one line on stderr for whatever the user can put right. Returns the exit status."""
+    """The command; returns its exit status."""
     args = parse(argv)
-    try:
+
+    def command():
         check(args)
         print(" ".join(f"{k}={v}" for k, v in vars(args).items() if k != "run"), flush=True)
         args.dtype = DTYPES[args.dtype]
         args.run(args)
-        return 0
-    except (ValueError, OSError) as error:
-        print(f"ip2p.evaluate: {' '.join(str(error).split())}", file=sys.stderr)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        print("ip2p.evaluate: out of memory; try a smaller --batch-size, or --dtype bf16", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("\nip2p.evaluate: stopped", file=sys.stderr)
-        return 130
-    return 2
+
+    return exit_status("ip2p.evaluate", command, "a smaller --batch-size, or --dtype bf16")
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m ip2p.evaluate", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m ip2p.evaluate", description=__doc__)
     commands = parser.add_subparsers(dest="what", required=True, help="what to score")
     editor, base, clip, scorer = (str(WEIGHTS / f"mini-{name}.safetensors") for name in ("ip2p", "sd", "clip", "scorer"))
 

@@ -7,7 +7,6 @@ device: backdrop crop, contact shadow, lit sprite, foam at a waterline, weather,
 
     python -m ip2p.world OUT_DIR                # contact sheets of scenes and of every kind of edit
 """
-import argparse
 import json
 import random
 import zlib
@@ -19,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from . import world_words as words
+from .command_line import Parser
 from .images import contact_sheet, save_image, to_images
 from .world_art import FILTERS, recolor, smooth, tiles
 
@@ -405,7 +405,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Contact sheets of the miniature world.")
+    parser = Parser(description="Contact sheets of the miniature world.")
     parser.add_argument("out", help="folder to write to")
     parser.add_argument("--seed", type=int, default=0, help="which scenes (default 0)")
     parser.add_argument("--subset", choices=("core", "all"), default="core", help="nouns and places to use (default core)")

@@ -1,0 +1,58 @@
+"""What the commands share: flags, and how they end. Nothing here needs torch, so `--help` need not wait for it."""
+import argparse
+import sys
+from typing import Callable
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose help keeps the lines of its description as they are, and whose errors are one line."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def within(kind: Callable, least: float, most: float) -> Callable:
+    """An argparse type: a finite number with bounds."""
+    def convert(text):
+        value = kind(text)
+        if not least <= value <= most:                         # NaN is not
+            raise argparse.ArgumentTypeError(f"must be in {least}..{most}, got {text}")
+        return value
+    convert.__name__ = kind.__name__                           # for argparse's own message
+    return convert
+
+
+def exit_status(name: str, command: Callable, short_of_memory: str, stopped: str = "", status_if_stopped: int = 130) -> int:
+    """That of command(), with one line on stderr for whatever the user can put right: 2 then.
+
+    short_of_memory: what to try; stopped: what to do after Ctrl-C.
+    """
+    try:
+        return command() or 0
+    except (ValueError, OSError) as error:
+        line = complaint(error)
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            line = f"out of memory; try {short_of_memory}"
+        elif "InvalidCxxCompiler" in repr(error):
+            line = "--compile needs a C++ compiler, such as g++, and finds none"
+        else:
+            raise
+    except KeyboardInterrupt as interrupt:
+        print(f"\n{name}: {str(interrupt) or 'stopped'}{stopped and f'; {stopped}'}", file=sys.stderr)
+        return status_if_stopped
+    print(f"{name}: {line}", file=sys.stderr)
+    return 2
+
+
+def complaint(error: Exception) -> str:
+    """An error's message in one line."""
+    return " ".join(str(error).split())
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether it is memory that was lacking: a GPU's or Python's own error says so, and on a CPU a plain RuntimeError."""
+    return "memory" in f"{error!r}".lower()
