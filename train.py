@@ -404,7 +404,7 @@ def parse(argv=None):
          "is one, else weights/mini-sd.safetensors); edits: public GPT-2 weights to start from")
     flag("--init", type=Path, help="an editor to go on from, in place of --base; distill: the editor to learn from (default: "
          "OUT/mini-ip2p.safetensors if there is one, else weights/mini-ip2p.safetensors); base: the text-to-image checkpoint "
-         "to train further, made with the same autoencoder")
+         "to train further, made with the same autoencoder; scorer: the one to train further")
     flag("--data", help="a data set, as make_data.py writes it or in any layout that ip2p/data.py reads, or `world` for the "
          "toy world's true pairs (default: data, made if there is none)")
     flag("--preset", choices=PRESETS, help="see above (default: miniature if the base is one, else paper)")

@@ -107,7 +107,7 @@ def bench_growth(args):
                     timed = take_turns(sides, args.repeats, **now)["ip2p"]
                     rows.append([name, value, timed.seconds, now["pictures"], timed.peak])
         for count in sorted(set(args.workers)):
-            rows.append(["processes", count, share_out(program, args, base, count), max(args.workers), None])
+            rows.append(["processes", count, edits_in_processes(program, args, base, count), max(args.workers), None])
     for name in dict.fromkeys(row[0] for row in rows):
         _, value, seconds, _, peak = zip(*(row for row in rows if row[0] == name))
         more = slope(value, [p and p / 1e9 for p in peak], 3) if name == "pictures" else ""
@@ -120,7 +120,7 @@ def bench_growth(args):
           f"{max(args.workers)} such edits, and the threads.")
 
 
-def share_out(program, args, settings, count):
+def edits_in_processes(program, args, settings, count):
     """Median seconds in which `count` processes at once make max(args.workers) edits."""
     make, *given = program
     sides = [Side(make, *given, device=args.device, threads=max(1, torch.get_num_threads() // count)) for _ in range(count)]

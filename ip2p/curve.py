@@ -31,41 +31,44 @@ def evaluate_curve(args):
     editor, base = (InstructPix2Pix.load(path, args.device, args.dtype) for path in (args.model, args.base))
     base.check_makes_pictures()
     judge, size = ClipSimilarity.load(args.clip, args.device), base.parts.image_size
-    before, after, instructions, captions, edited = read_pairs(args, size) if args.data else world_pairs(args, size)
-    batches = [slice(i, i + args.batch_size) for i in range(0, len(before), args.batch_size)]
+    pictures, instructions, captions, edited = (data_edits if args.data else world_edits)(args, size)
+    batches = [slice(i, i + args.batch_size) for i in range(0, len(captions), args.batch_size)]
     text, base_text = (model.own_settings["cfg_text"] if args.cfg_text is None else args.cfg_text
                        for model in (editor, base))
-    print(f"{len(before)} edits, text guidance {text:g} and {base_text:g}", flush=True)
+    print(f"{len(captions)} edits, text guidance {text:g} and {base_text:g}", flush=True)
 
-    def ip2p(b, cfg_image):
-        pictures = editor.edit(to_images(before[b]), instructions[b], steps=args.steps, cfg_text=text,
-                               cfg_image=cfg_image, seed=args.seed, size=size, progress=False)
-        return torch.stack([to_pixels(p, size, size) for p in pictures])
+    def ip2p(b, before, cfg_image):
+        made = editor.edit(to_images(before), instructions[b], steps=args.steps, cfg_text=text, cfg_image=cfg_image,
+                           seed=args.seed, size=size, progress=False)
+        return torch.stack([to_pixels(p, size, size) for p in made])
 
-    def by_sdedit(b, strength):
-        pictures = [sdedit(base, image, caption, strength=strength, steps=args.steps, cfg_text=base_text, seed=args.seed,
-                           progress=False) for image, caption in zip(to_images(before[b]), edited[b])]
-        return torch.stack([to_pixels(p, size, size) for p in pictures])
+    def by_sdedit(b, before, strength):
+        made = [sdedit(base, image, caption, strength=strength, steps=args.steps, cfg_text=base_text, seed=args.seed,
+                       progress=False) for image, caption in zip(to_images(before), edited[b])]
+        return torch.stack([to_pixels(p, size, size) for p in made])
 
     inverted = {}                                                            # the noise of each batch, made once
 
-    def p2p(b, share):
+    def p2p(b, before, share):
         if b.start not in inverted:
-            z = base.encode(before[b]) * base.vae.config.scale_factor
+            z = base.encode(before) * base.vae.config.scale_factor
             inverted[b.start] = invert(base, z, captions[b], args.steps, progress=False)[-1]
         n = len(captions[b])
         return base.draw_pairs(captions[b], edited[b], [args.seed] * n, [share] * n, [base_text] * n, steps=args.steps,
                                sampler="ddim", control="cross-attention", x_T=inverted[b.start])[1]
 
     def point(method, value, draw):
-        scores = [s for b in batches for s in judge(before[b], draw(b, value), captions[b], edited[b])]
+        scores = []
+        for b in batches:
+            before, _ = pictures(b)
+            scores += judge(before, draw(b, before, value), captions[b], edited[b])
         mean = lambda name: statistics.fmean(s[f"clip_sim_{name}"] for s in scores)
         return dict(method=method, value=value, sim_direction=mean("dir"), sim_image=mean("image"), sim_0=mean("0"),
                     sim_1=mean("1"), count=len(scores), steps=args.steps)
 
     runs = [("ip2p", ip2p, v) for v in args.cfg_image] + [("sdedit", by_sdedit, v) for v in args.strengths] \
         + [("p2p", p2p, v) for v in args.shares]
-    rows = [point("data", None, lambda b, _: after[b])]
+    rows = [point("data", None, lambda b, *_: pictures(b)[1])]
     for method, draw, value in tqdm(runs, desc="points", dynamic_ncols=True):
         rows.append(point(method, value, draw))
         write_rows(args.json, rows)
@@ -76,31 +79,38 @@ def evaluate_curve(args):
         plot(plt, rows, args.plot)
 
 
-# ---- edits: (before, after, instructions, captions, edited captions), pixels (B, 3, size, size) in [-1, 1]
+# ---- edits: (pictures, instructions, captions, edited captions); pictures(slice of them) gives those before and those after,
+#      pixels (B, 3, size, size) in [-1, 1]
 
-def world_pairs(args, size):
+def world_edits(args, size):
     """Held-out edits of the miniature world, all kinds in turn."""
     if size != SIZE:
         raise ValueError(f"{args.base} makes pictures of {size} pixels, the miniature world's have {SIZE}: give --data")
     world = World(args.device)
     edits = [world.edit(args.seed, i, "combinations", KINDS[i % len(KINDS)]) for i in range(args.count)]
-    before, after = (world.render([getattr(e, which) for e in edits]) for which in ("source", "target"))
-    return before, after, *([getattr(e, name) for e in edits] for name in ("instruction", "caption", "edited_caption"))
+
+    def pictures(b):
+        return [world.render([getattr(e, which) for e in edits[b]]) for which in ("source", "target")]
+
+    return pictures, *([getattr(e, name) for e in edits] for name in ("instruction", "caption", "edited_caption"))
 
 
-def read_pairs(args, size):
+def data_edits(args, size):
     """The first pair of each of the last prompts of a data set (training holds the last tenth back), cropped square."""
     pairs = find_pairs(args.data)
-    rows = []
-    for i in range(max(0, len(pairs) - args.count), len(pairs)):
-        before, after, prompt = pairs[i][0]
+    pairs = [pairs[i][0] for i in range(max(0, len(pairs) - args.count), len(pairs))]
+    texts = []
+    for *_, prompt in pairs:
         if not isinstance(prompt, Path):
             raise ValueError(f"{args.data}: a data set without captions; needed folders with a prompt.json each")
-        caption, instruction, edited = prompt_texts(read_json(prompt), prompt)
-        pixels = (to_pixels(ImageOps.fit(open_image(path), (size, size)), size, size) for path in (before, after))
-        rows.append((*pixels, instruction, caption, edited))
-    before, after, *texts = zip(*rows)
-    return torch.stack(before), torch.stack(after), *map(list, texts)
+        texts.append(prompt_texts(read_json(prompt), prompt))
+    captions, instructions, edited = map(list, zip(*texts))
+
+    def pictures(b):
+        return [torch.stack([to_pixels(ImageOps.fit(open_image(pair[k]), (size, size)), size, size) for pair in pairs[b]])
+                for k in range(2)]
+
+    return pictures, instructions, captions, edited
 
 
 # ---- the figure

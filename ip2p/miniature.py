@@ -15,7 +15,7 @@ from .checkpoint import Parts, load_checkpoint, load_vae, save_checkpoint, save_
 from .clip_filter import build_clip, load_clip, normalize_pixels, save_clip
 from .images import contact_sheet, save_image, to_images
 from .pipeline import InstructPix2Pix
-from .scorer import build_scorer, read_scene, save_scorer, score_scorer, scorer_loss, soften
+from .scorer import build_scorer, load_scorer, read_scene, save_scorer, score_scorer, scorer_loss, soften
 from .stages import Pool, diffusion_loss, draw_timesteps, encode, history, is_cooling, run, to_device
 from .tensorfiles import read_state_dict
 from .text import TextConfig, TextEncoder, Tokenizer
@@ -23,6 +23,7 @@ from .training import seeded
 from .truth import psnr, through
 from .unet import ResBlock, UNet, UNetConfig
 from .vae import AttnBlock, AutoencoderKL, ResnetBlock, VAEConfig
+from .world import KINDS
 
 
 # ---- the autoencoder
@@ -174,12 +175,18 @@ def train_base(args, world):
 
 # ---- the scorer, which reads pictures for `python -m ip2p.evaluate`
 
+SCENES = KINDS + 3 * ("size", "style")              # tiny and huge things, and all things in other styles, are missed most
+
+
 def train_scorer(args, world):
     """From edits' scenes, before and after, softened as an autoencoder's pictures are."""
-    scorer = build_scorer(world).to(args.device, memory_format=args.layout)
+    begun = load_scorer(args.init) if args.init else build_scorer(world)
+    if begun.nouns != world.nouns:
+        raise ValueError(f"--init {args.init}: reads {len(begun.nouns)} nouns, not the {len(world.nouns)} of --subset {args.subset}")
+    scorer = begun.requires_grad_(True).to(args.device, memory_format=args.layout)
 
     def draw(start, count):
-        edits = [world.edit(args.seed + 6, i // 2) for i in range(start, start + count)]
+        edits = [world.edit(args.seed + 6, i // 2, kind=SCENES) for i in range(start, start + count)]
         scenes = [e.target if i % 2 else e.source for i, e in enumerate(edits, start)]
         pixels = ((world.render(scenes) + 1) * 127.5).round().byte()                # a quarter of the memory
         return pixels, [read_scene(world, scene) for scene in scenes]
@@ -194,6 +201,7 @@ def train_scorer(args, world):
 
     record = run(args, scorer, loss_fn)
     record["scores"] = score_scorer(scorer, world, args.score_examples)
+    record |= {"init": history(read_state_dict(args.init)[1])} if args.init else {}
     save_scorer(scorer, args.out / "mini-scorer.safetensors", record)
     return record
 

@@ -124,12 +124,14 @@ def test_the_papers_run_opens_in_diffusers_and_edits_alike(base, command, tmp_pa
     assert np.abs(np.asarray(theirs, int) - np.asarray(mine, int)).max() <= 1          # of 255: they round down, we do not
 
 
-def test_the_loss_is_the_formula(base, pairs, command, tmp_path, monkeypatch):
+@pytest.mark.parametrize("image_dropout", [True, False])
+def test_the_loss_is_the_formula(base, pairs, command, tmp_path, monkeypatch, image_dropout):
     """The first step's, written out: a posterior sample, unscaled image latents, one uniform draw for both conditionings."""
     seen = []
     monkeypatch.setattr(train, "diffusion_loss", lambda *args: seen.append([a for a in args[1:]]) or args[0](
         torch.cat([args[1], args[6]], 1), args[3], args[2]).square().mean())
-    assert run(command("--steps", 1, "--preset", "paper", "--accumulate", 1, "--batch-size", 16, "--dropout", 0.3))[0] == 0
+    flags = "--preset", "paper", "--dropout", 0.3, "--image-dropout" if image_dropout else "--no-image-dropout"
+    assert run(command("--steps", 1, "--accumulate", 1, "--batch-size", 16, *flags))[0] == 0
     x0, context, t, noise, parameterization, image_latents = seen[0]
     parts, data = load_checkpoint(base), PairedDataset(pairs, min_resize_res=32, max_resize_res=32, crop_res=32)
     order = [data.order(0), data.order(1)]
@@ -142,7 +144,9 @@ def test_the_loss_is_the_formula(base, pairs, command, tmp_path, monkeypatch):
     with torch.no_grad():
         a, b = parts.vae.encode(before), parts.vae.encode(after)
         texts = model.encode_text([text if not drop else "" for (*_, text), drop in zip(chosen, r < 0.6)])
-    expected = a.mean * ~((0.3 <= r) & (r < 0.9))[:, None, None, None]
+    dropped = (0.3 <= r) & (r < 0.9)
+    expected = a.mean * ~(dropped & image_dropout)[:, None, None, None]
+    assert 2 < dropped.sum() < 16
     assert torch.equal(t, expected_t) and torch.equal(noise, expected_noise) and parameterization == "eps"
     torch.testing.assert_close(image_latents, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(x0, 0.18215 * (b.mean + (b.logvar / 2).exp() * spread), rtol=0, atol=1e-5)
@@ -181,6 +185,16 @@ def test_checkpointing_and_offloading_change_no_number(command, tmp_path):
     for name, flags in (("plain", ["--no-checkpointing"]), ("recomputed", ["--checkpointing", "--offload"])):
         assert run(command("--dtype", "fp32", "--steps", 6, *flags, out=name))[0] == 0
     assert torch.equal(weights(tmp_path / "plain"), weights(tmp_path / "recomputed"))
+
+
+def test_compiling_changes_no_loss(command, tmp_path, monkeypatch):
+    """The whole UNet as one traced program, with its gradients; without the C++ that it would become, which takes minutes."""
+    traced, compile_model = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: traced.append(model) or compile_model(model, backend="aot_eager", fullgraph=True))
+    for name, flags in (("plain", []), ("compiled", ["--compile"])):
+        assert run(command("--dtype", "fp32", "--steps", 20, "--no-checkpointing", *flags, out=name))[0] == 0
+    assert [type(model).__name__ for model in traced] == ["UNet"]
+    np.testing.assert_allclose(losses(tmp_path / "compiled"), losses(tmp_path / "plain"), rtol=1e-5)
 
 
 def test_what_is_cached_is_what_would_be_encoded(command, tmp_path):

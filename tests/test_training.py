@@ -19,6 +19,7 @@ from torch import nn
 
 from ip2p.muon import Muon, orthogonalize
 from ip2p.run_folder import list_checkpoints
+from ip2p.scorer import load_scorer
 from ip2p.stages import Pool, diffusion_loss
 from ip2p.training import EMA, fit, lr_scale, seeded
 
@@ -333,6 +334,17 @@ def test_trains_on_a_data_set_and_from_a_base(trained, tmp_path):
     for steps in (1, 3):
         code, record = command(*base, steps)
         assert code == 0 and record["steps"] == steps and record["init"]["stage"] == "base", record
+
+
+def test_a_scorer_is_trained_further(trained, tmp_path):
+    first = trained[0] / "mini-scorer.safetensors"
+    further = "--stage", "scorer", "--init", first, "--batch-size", 2, "--steps", 1
+    code, record = command(*further, "--out", tmp_path, "--lr", 1e-9)
+    assert code == 0 and record["init"]["stage"] == "scorer" and "nouns" not in record["init"], record
+    a, b = (load_scorer(path).state_dict() for path in (first, tmp_path / first.name))
+    assert all(torch.allclose(a[name], b[name], rtol=0, atol=1e-6) for name in a)
+    code, line = command(*further, "--out", tmp_path / "other", "--subset", "all")
+    assert code == 2 and "reads 48 nouns, not the" in line
 
 
 def test_two_processes_share_out_the_scenes_and_the_steps(trained, tmp_path):
