@@ -149,4 +149,4 @@ def test_a_saved_scorer_reads_the_same(world, tmp_path):
 @pytest.mark.skipif(not SHIPPED.exists(), reason="no trained scorer")
 def test_the_shipped_scorer_reads_held_out_scenes(world):
     scores = score_scorer(load_scorer(SHIPPED), world, 128, seed=1)
-    assert all(scores[name] > (.88 if name == "things" else .95) for name in ATTRIBUTES), scores
+    assert all(scores[name] > (.93 if name == "things" else .95) for name in ATTRIBUTES), scores
