@@ -28,7 +28,7 @@ from tqdm import tqdm
 from ip2p.command_line import Parser, exit_status, within
 from ip2p.data import (find_pictures, keep_pictures, list_seeds, prompt_texts, read_json, read_jsonl, write_file, write_rows,
                        write_sheet)
-from ip2p.distributed import choose_device
+from ip2p.distributed import DTYPES, choose_device
 from ip2p.images import open_image, to_images, to_pixels
 from ip2p.stages import is_miniature
 
@@ -415,7 +415,7 @@ def parse(argv=None):
     flag("--seed", type=within(int, 0, 2 ** 63 - 1), default=0, help="of edits, noise and settings (default: %(default)s)")
     flag("--batch-size", type=within(int, 1, 10000), default=8, help="pairs drawn at a time (default: %(default)s)")
     flag("--device", help="such as cpu, cuda or cuda:1 (default: cuda if there is one, else cpu)")
-    flag("--dtype", choices=("fp32", "fp16", "bf16"), help="of weights and arithmetic (default: bf16 on cuda, else fp32)")
+    flag("--dtype", choices=DTYPES, help="of weights and arithmetic (default: bf16 on cuda, else fp32)")
     args = p.parse_args(argv)
     if sum((args.edits_only, args.pairs_only, args.filter_only, args.calibrate, args.check is not None)) > 1:
         p.error("--edits-only, --pairs-only, --filter-only, --check and --calibrate exclude one another")

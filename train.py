@@ -362,7 +362,10 @@ def run_command(argv=None):
     args = parse(argv)
 
     def command():
-        train_all(args, argv) if args.stage == "all" else main(args)
+        if args.stage == "all":
+            train_all(args, argv)
+        else:
+            main(args)
 
     return exit_status("train.py", command, "more parts (--accumulate), --checkpointing, --offload or a smaller --preset",
                        "repeat the command to go on", status_if_stopped=0)

@@ -26,9 +26,10 @@ def within(kind: Callable, least: float, most: float) -> Callable:
 
 
 def exit_status(name: str, command: Callable, short_of_memory: str, stopped: str = "", status_if_stopped: int = 130) -> int:
-    """That of command(), with one line on stderr for whatever the user can put right: 2 then.
+    """Of a command: what command() returns, 0 if that is None; or 2, with one line on stderr, for whatever its user can put right.
 
-    short_of_memory: what to try; stopped: what to do after Ctrl-C.
+    name: what the line begins with. short_of_memory: what to try then. stopped: what to do after Ctrl-C, "" if nothing;
+    status_if_stopped: the status then.
     """
     try:
         return command() or 0
@@ -42,7 +43,7 @@ def exit_status(name: str, command: Callable, short_of_memory: str, stopped: str
         else:
             raise
     except KeyboardInterrupt as interrupt:
-        print(f"\n{name}: {str(interrupt) or 'stopped'}{stopped and f'; {stopped}'}", file=sys.stderr)
+        print(f"\n{name}: " + "; ".join(filter(None, (str(interrupt) or "stopped", stopped))), file=sys.stderr)
         return status_if_stopped
     print(f"{name}: {line}", file=sys.stderr)
     return 2

@@ -60,7 +60,7 @@ def evaluate_curve(args):
     def point(method, value, draw):
         scores = []
         for b in batches:
-            before, _ = pictures(b)
+            before = pictures(b, 0)
             scores += judge(before, draw(b, before, value), captions[b], edited[b])
         mean = lambda name: statistics.fmean(s[f"clip_sim_{name}"] for s in scores)
         return dict(method=method, value=value, sim_direction=mean("dir"), sim_image=mean("image"), sim_0=mean("0"),
@@ -68,7 +68,7 @@ def evaluate_curve(args):
 
     runs = [("ip2p", ip2p, v) for v in args.cfg_image] + [("sdedit", by_sdedit, v) for v in args.strengths] \
         + [("p2p", p2p, v) for v in args.shares]
-    rows = [point("data", None, lambda b, *_: pictures(b)[1])]
+    rows = [point("data", None, lambda b, *_: pictures(b, 1))]
     for method, draw, value in tqdm(runs, desc="points", dynamic_ncols=True):
         rows.append(point(method, value, draw))
         write_rows(args.json, rows)
@@ -79,8 +79,8 @@ def evaluate_curve(args):
         plot(plt, rows, args.plot)
 
 
-# ---- edits: (pictures, instructions, captions, edited captions); pictures(slice of them) gives those before and those after,
-#      pixels (B, 3, size, size) in [-1, 1]
+# ---- edits: (pictures, instructions, captions, edited captions); pictures(b, 0) are those before the edits of a slice b, and
+#      pictures(b, 1) those after: pixels (B, 3, size, size) in [-1, 1], drawn or read when asked for, as all take much memory
 
 def world_edits(args, size):
     """Held-out edits of the miniature world, all kinds in turn."""
@@ -89,8 +89,8 @@ def world_edits(args, size):
     world = World(args.device)
     edits = [world.edit(args.seed, i, "combinations", KINDS[i % len(KINDS)]) for i in range(args.count)]
 
-    def pictures(b):
-        return [world.render([getattr(e, which) for e in edits[b]]) for which in ("source", "target")]
+    def pictures(b, k):
+        return world.render([(e.source, e.target)[k] for e in edits[b]])
 
     return pictures, *([getattr(e, name) for e in edits] for name in ("instruction", "caption", "edited_caption"))
 
@@ -106,9 +106,8 @@ def data_edits(args, size):
         texts.append(prompt_texts(read_json(prompt), prompt))
     captions, instructions, edited = map(list, zip(*texts))
 
-    def pictures(b):
-        return [torch.stack([to_pixels(ImageOps.fit(open_image(pair[k]), (size, size)), size, size) for pair in pairs[b]])
-                for k in range(2)]
+    def pictures(b, k):
+        return torch.stack([to_pixels(ImageOps.fit(open_image(pair[k]), (size, size)), size, size) for pair in pairs[b]])
 
     return pictures, instructions, captions, edited
 
