@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from .bench_programs import (WEIGHTS, draw_by_diffusers, draw_by_ip2p, edit_by_diffusers, edit_by_ip2p, export,
-                             train_by_diffusers, train_by_ip2p)
+                             multiply_as_much, train_by_diffusers, train_by_ip2p)
 from .command_line import Parser, exit_status
 from .distributed import DTYPES
 from .sides import Side, side_by_side, take_turns
@@ -61,23 +61,29 @@ def gigabytes(peak):
 # ---- edits, against diffusers
 
 def bench_edit(args):
-    """Whole edits, from picture to picture, by programs that have the same weights, noise, steps and precision."""
+    """Whole edits, from picture to picture, by programs that have the same weights, noise, steps and precision; and matrix
+    products of as many operations."""
     print(machine(args), flush=True)
     with exported(args) as (folder, own_size):
         common = folder, args.device, args.dtype
         programs = {"ip2p": (edit_by_ip2p, *common), "diffusers": (edit_by_diffusers, *common)}
         if args.compile:
             programs |= {f"{name}, compiled": (*program, True) for name, program in programs.items()}
-        rows, peers = [], [name for name in programs if name.startswith("diffusers")]
+        if args.low_memory:
+            programs["ip2p, low memory"] = (edit_by_ip2p, *common, False, True)
+        programs["matrix products"] = (multiply_as_much, *common)
+        rows, peers = [], [name for name in programs if name.startswith(("diffusers", "matrix"))]
         with side_by_side(args.device, **programs) as sides:
             for B, size, steps, scale in product(args.batch_size, args.size or [own_size], args.steps, args.cfg_image):
                 timed = take_turns(sides, args.repeats, pictures=B, size=size, steps=steps, cfg_text=args.cfg_text,
                                    cfg_image=scale)
                 for name, t in timed.items():
+                    edited = t.results[-1]                                      # None of matrix products
                     rows.append([f"{B} x {size} x {size}, {steps} steps, guidance {args.cfg_text:g} and {scale:g}", name,
-                                 decimal(t.seconds, 3), decimal(B / t.seconds, 3), decimal(t.first, 1), gigabytes(t.peak),
+                                 decimal(t.seconds, 3), decimal(B / t.seconds, 3), decimal(t.first, 1),
+                                 "" if edited is None else gigabytes(t.peak),
                                  *(decimal(timed[peer].seconds / t.seconds, 2) for peer in peers),
-                                 differences(t.results[-1], timed["diffusers"].results[-1])])
+                                 "" if edited is None else differences(edited, timed["diffusers"].results[-1])])
                     print(*rows[-1], sep="  ", flush=True)
     print_table(["edit", "by", "s", "edits/s", "first, s", "GB", *(f"x {peer}" for peer in peers),
                  "differs by at most (mean), of 255"], rows)
@@ -241,6 +247,7 @@ def main(argv=None):
     flag("--workers", type=int, nargs="+", default=[1, 2, 4], help="growth: processes that share out edits (default: 1 2 4)")
     flag("--checkpointing", action="store_true",
          help="train: compute the UNet's blocks again for their gradients (default: off)")
+    flag("--low-memory", action="store_true", help="edit: with as little memory as sample.py --low-memory too (default: off)")
     flag("--compile", action="store_true", help="edit: with torch.compile too; train: with it only (default: off)")
     flag("--repeats", type=int, default=7, help="calls of each that count, after one that does not (default: %(default)s)")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",

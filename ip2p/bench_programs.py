@@ -1,10 +1,10 @@
 """What ip2p.bench holds side by side. Every function here makes another one, which is timed.
 
-edit_by_*: whole edits, from picture to picture. draw_by_*: pairs of pictures, as make_data.py draws them. train_by_*:
+edit_by_*: whole edits, from picture to picture; multiply_as_much: the least that they take. draw_by_*: pairs of pictures, as make_data.py draws them. train_by_*:
 optimiser steps of an editor's training, as train.py makes them, and as diffusers' train_instruct_pix2pix.py does between two
 batches of its loader.
 """
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import count
 from pathlib import Path
 
@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from .checkpoint import Parts
+from .checkpoint import Parts, load_checkpoint
 from .distributed import DTYPES
 from .guidance import dropout_masks
 from .pipeline import InstructPix2Pix
@@ -59,9 +60,9 @@ def inputs(pictures, size, z_channels, downsampling):
     return images, ["make it night"] * pictures, x_T
 
 
-def edit_by_ip2p(path, device, dtype, compiled=False):
+def edit_by_ip2p(path, device, dtype, compiled=False, low_memory=False):
     """edit(pictures, size, steps, cfg_text, cfg_image) -> (pictures, size, size, 3) uint8, by `InstructPix2Pix.edit`."""
-    model = InstructPix2Pix.load(path, device, DTYPES[dtype])
+    model = InstructPix2Pix.load(path, device, DTYPES[dtype], low_memory=low_memory)
     if compiled:
         model.unet.forward = torch.compile(model.unet.forward)             # as sample.py --compile
 
@@ -97,6 +98,35 @@ def edit_by_diffusers(folder, device, dtype, compiled=False):
         return np.stack(pipe(prompts, images, num_inference_steps=steps, guidance_scale=cfg_text,
                              image_guidance_scale=cfg_image, latents=x_T.to(device, DTYPES[dtype])).images)
     return edit
+
+
+@torch.no_grad()
+def count_operations(model, pictures, size, steps, cfg_text, cfg_image):
+    """Additions and multiplications in the layers of such an edit. model: on the meta device, which computes nothing."""
+    with FlopCounterMode(display=False) as counter:
+        image_latents = model.encode(torch.empty(pictures, 3, size, size, device="meta"))
+        z = model.edit_latents(image_latents, ["make it night"] * pictures, cfg_text, cfg_image, steps=steps,
+                               seeds=range(pictures))
+        model.decode(z)
+    return counter.get_total_flops()
+
+
+def multiply_as_much(folder, device, dtype):
+    """What no edit can be faster than at the machine's rate: products of square matrices with as many operations. It returns
+    no pictures."""
+    parts = load_checkpoint(folder)
+    for part in (parts.unet, parts.vae, parts.text):
+        part.to("meta")
+    model = InstructPix2Pix(parts)
+    side = 8192 if device.startswith("cuda") else 1024
+    a, b = torch.randn(2, side, side, generator=seeded(0)).to(device, DTYPES[dtype])
+    operations = lru_cache(partial(count_operations, model))
+
+    def multiply(pictures, size, steps, cfg_text, cfg_image):
+        rows = round(operations(pictures, size or model.parts.image_size, steps, cfg_text, cfg_image) / (2 * side * side))
+        for start in range(0, rows, side):
+            a[:rows - start] @ b
+    return multiply
 
 
 # ---- pairs
