@@ -18,7 +18,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) ->
     the logits ever all in memory: on a CPU, and on CUDA by PyTorch's source, a kernel takes every head of this project, the
     autoencoder's 512 wide too, if a token's numbers lie side by side (a transposed feature map's do not). But on a
     CPU their backward in bfloat16 takes several times as long as that of plain products (0.47 of 1.67 s of a training step
-    of the miniature), so training there does without.
+    of the miniature), so training there does without. Devices other than these two take the queries chunk by chunk.
     """
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))     # (B, heads, tokens, C / heads)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
@@ -26,9 +26,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) ->
         if causal:
             logits = logits + torch.full(logits.shape[2:], float("-inf"), dtype=q.dtype).triu(1)
         out = logits.softmax(-1).to(v.dtype) @ v
-    else:
+    elif causal or q.device.type in ("cpu", "cuda"):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    else:
+        out = attend_in_chunks(q, k, v)
     return out.transpose(1, 2).flatten(2)
+
+
+def attend_in_chunks(q: Tensor, k: Tensor, v: Tensor, most: int = 2 ** 26) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v of (B, heads, tokens, d), for devices that may write the logits out: so many queries at a
+    time that there are no more than `most` of them, or those of one query."""
+    chunk = max(1, most // (k.shape[0] * k.shape[1] * k.shape[2]))
+    return torch.cat([F.scaled_dot_product_attention(some, k, v) for some in q.split(chunk, dim=2)], dim=2)
 
 
 class CrossAttention(nn.Module):

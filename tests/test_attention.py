@@ -5,12 +5,26 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ip2p.attention import CrossAttention, attend
+from ip2p.attention import CrossAttention, attend, attend_in_chunks
 from ip2p.text import TextConfig, TextEncoder, import_open_clip
 from ip2p.unet import UNet, UNetConfig
 from ip2p.vae import AttnBlock
+
+
+class Sizes(TorchDispatchMode):
+    """Gathers how many numbers each result has."""
+    def __enter__(self):
+        super().__enter__()
+        self.found = []
+        return self.found
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.found.extend(x.numel() for x in (out if isinstance(out, tuple) else [out]) if torch.is_tensor(x))
+        return out
 
 
 def formula(q, k, v, heads, causal):
@@ -47,21 +61,32 @@ def test_attention_equals_its_formula_forward_and_backward(causal, dtype, traine
                                           for dtype in (torch.float32, torch.bfloat16, torch.float16)])
 def test_logits_are_never_all_in_memory(width, dtype):
     """No result is as large as the 1024 x 1024 logits of a head."""
-    sizes = []
-
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            sizes.extend(x.numel() for x in (out if isinstance(out, tuple) else [out]) if torch.is_tensor(x))
-            return out
-
     if width == 512:
         layer, x = AttnBlock(width, 32).to(dtype), torch.zeros(1, width, 32, 32, dtype=dtype)
     else:
         layer, x = CrossAttention(2 * width, heads=2).to(dtype), torch.zeros(1, 1024, 2 * width, dtype=dtype)
-    with torch.no_grad(), Sizes():
+    with torch.no_grad(), Sizes() as sizes:
         layer(x)
     assert max(sizes) < 1024 * 1024
+
+
+@pytest.mark.parametrize("most", [1, 100, 2 ** 26])
+def test_queries_chunk_by_chunk_are_the_same(most):
+    """Relative error of float32's rounding; `most` leaves one query at a time, 14, and all."""
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 4, generator=rng).requires_grad_() for n in (33, 7, 7))
+    out, expected = attend_in_chunks(q, k, v, most), F.scaled_dot_product_attention(q, k, v)
+    assert (out - expected).norm() < 1e-6 * expected.norm()
+    ours, theirs = (torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (out, expected))
+    assert all((a - b).norm() < 1e-6 * b.norm() for a, b in zip(ours, theirs))
+
+
+def test_a_device_without_the_fused_kernels_keeps_few_logits():
+    """On the meta device, which writes them out (in name): of 2 ** 28 there are never more than 2 ** 26."""
+    layer, x = CrossAttention(32, heads=4).to("meta"), torch.zeros(1, 2 ** 13, 32, device="meta")
+    with torch.no_grad(), Sizes() as sizes:
+        assert layer(x).shape == x.shape
+    assert max(sizes) == 2 ** 26
 
 
 @pytest.mark.parametrize("quick_gelu, skip_last", [(True, 0), (False, 1)], ids=["SD1", "SD2"])
