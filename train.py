@@ -34,7 +34,7 @@ from ip2p.guidance import dropout_masks
 from ip2p.learn_edits import TRIPLES, train_edits
 from ip2p.lessons import announce, data_batches, encoders, open_data, open_pairs, save_sheet, score_edits
 from ip2p.miniature import train_base, train_clip, train_scorer, train_vae
-from ip2p.stages import Pool, diffusion_loss, draw_timesteps, history, is_cooling, is_miniature, run, to_device
+from ip2p.stages import Pool, diffusion_loss, draw_timesteps, history, is_settling, is_miniature, run, to_device
 from ip2p.tensorfiles import read_state_dict
 from ip2p.training import seeded
 from ip2p.world import World
@@ -124,7 +124,7 @@ def train_edit(args, base):
         count, rows = (len(target), slice(None)) if batch else (args.batch_size, rows)
         rng = seeded(args.seed, step)
         drop_text, drop_image = dropout_masks(count, dropout, rng)
-        t, shape = draw_timesteps(timesteps, count, rng, is_cooling(step, args)), (count, *target.shape[2:])
+        t, shape = draw_timesteps(timesteps, count, rng, is_settling(step, args)), (count, *target.shape[2:])
         noise = torch.randn(shape, generator=rng)
         spread = torch.randn(shape, generator=rng) if args.target == "sample" else torch.zeros(count, 1, 1, 1)
         drawn = t, noise, spread, drop_image & args.image_dropout
@@ -390,7 +390,7 @@ def parse(argv=None):
     flag("--ema-decay", type=float, help=f"of the averaged weights, a step {own}")
     flag("--dtype", choices=("bf16", "fp32"), help=f"of the arithmetic; weights stay float32 {own}")
     flag("--timesteps", choices=("uniform", "logit-normal"), help="base, edit: how they are drawn; logit-normal: until the "
-         f"cool-down {own}")
+         f"second half of the cool-down {own}")
     flag("--score-examples", type=int, default=512, help="held-out examples that the result is scored on; edit: pictures "
          "are drawn in full for a sixth of as many (default: %(default)s)")
     flag("--cfg-text", type=float, help=f"text guidance of sheets and scores, kept as the model's own default {own}")

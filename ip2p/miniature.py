@@ -16,7 +16,7 @@ from .clip_filter import build_clip, load_clip, normalize_pixels, save_clip
 from .images import contact_sheet, save_image, to_images
 from .pipeline import InstructPix2Pix
 from .scorer import build_scorer, load_scorer, read_scene, save_scorer, score_scorer, scorer_loss, soften
-from .stages import Pool, diffusion_loss, draw_timesteps, encode, history, is_cooling, run, to_device
+from .stages import Pool, diffusion_loss, draw_timesteps, encode, history, is_settling, run, to_device
 from .tensorfiles import read_state_dict
 from .text import TextConfig, TextEncoder, Tokenizer
 from .training import seeded
@@ -146,7 +146,7 @@ def train_base(args, world):
         count, rows = (len(x0), slice(None)) if batch else (args.batch_size, rows)         # drawn for all, wherever they are
         rng = seeded(args.seed, step)
         drop = torch.rand(count, generator=rng) < dropout
-        t = draw_timesteps(timesteps, count, rng, is_cooling(step, args))
+        t = draw_timesteps(timesteps, count, rng, is_settling(step, args))
         noise = torch.randn(count, *x0.shape[1:], generator=rng)
         x0, t, noise = (to_device(x, args.device) for x in (x0, t[rows], noise[rows]))
         ids = to_device(tokenizer(["" if d else c for c, d in zip(captions, drop[rows])]), args.device)

@@ -100,17 +100,17 @@ def alphas_on(device):
     return make_alphas_cumprod().to(device)
 
 
-def draw_timesteps(distribution, count, rng, cooling=False):
+def draw_timesteps(distribution, count, rng, settling=False):
     """(count,) int64 in 0..999: uniform, as published, or logit-normal (Esser et al. 2024, arXiv:2403.03206) around 650, where
-    the shape of things is decided: less time for the fine grain, which is made up for while the learning rate is `cooling`."""
-    if distribution == "uniform" or cooling:
+    the shape of things is decided: less time for the fine grain, which is made up for while a run is `settling`."""
+    if distribution == "uniform" or settling:
         return torch.randint(0, 1000, (count,), generator=rng)
     return (1000 * torch.sigmoid(0.6 + torch.randn(count, generator=rng))).long().clamp(max=999)
 
 
-def is_cooling(step, args):
-    """Whether a step is in the last part of a run, where the learning rate falls."""
-    return step >= (1 - args.cooldown) * args.steps
+def is_settling(step, args):
+    """Whether a step is in the second half of the cool-down, where the learning rate is low."""
+    return step >= (1 - args.cooldown / 2) * args.steps
 
 
 def diffusion_loss(model, x0, context, t, noise, parameterization, image_latents=None):
