@@ -34,7 +34,7 @@ from ip2p.guidance import dropout_masks
 from ip2p.learn_edits import TRIPLES, train_edits
 from ip2p.lessons import announce, data_batches, encoders, open_data, open_pairs, save_sheet, score_edits
 from ip2p.miniature import train_base, train_clip, train_scorer, train_vae
-from ip2p.stages import Pool, diffusion_loss, draw_timesteps, history, is_settling, is_miniature, run, to_device
+from ip2p.stages import Pool, diffusion_loss, draw_timesteps, history, is_miniature, is_settling, run, to_device
 from ip2p.tensorfiles import read_state_dict
 from ip2p.training import seeded
 from ip2p.world import World
@@ -47,7 +47,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 ALWAYS = dict(accumulate=1, block=4096, lr=1e-3, optimizer="muon", warmup=100, cooldown=0.3, clip_norm=1.0, dtype="bf16",
               offload=False, checkpointing=False, save_minutes=3.0, cfg_text=3.0, reuse=1)
 
-STAGES = {              # what made the shipped weights, but for base and scorer (README); a GPU has time for more
+STAGES = {              # what made the shipped weights, but for base, scorer and distill (README); a GPU has time for more
     "vae": ALWAYS | dict(steps=3400, batch_size=16, ema_decay=0.999),
     "clip": ALWAYS | dict(steps=260, batch_size=128, ema_decay=0.99),
     "base": ALWAYS | dict(steps=2300, batch_size=96, ema_decay=0.998, reuse=4, timesteps="logit-normal"),

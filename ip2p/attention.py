@@ -18,7 +18,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) ->
     the logits ever all in memory: on a CPU, and on CUDA by PyTorch's source, a kernel takes every head of this project, the
     autoencoder's 512 wide too, if a token's numbers lie side by side (a transposed feature map's do not). But on a
     CPU their backward in bfloat16 takes several times as long as that of plain products (0.47 of 1.67 s of a training step
-    of the miniature), so training there does without. Devices other than these two take the queries chunk by chunk.
+    of the miniature), so training there does without. Devices other than these two take the queries chunk by chunk,
+    but for texts (`causal`), which are short.
     """
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))     # (B, heads, tokens, C / heads)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:

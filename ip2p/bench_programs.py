@@ -1,8 +1,8 @@
 """What ip2p.bench holds side by side. Every function here makes another one, which is timed.
 
-edit_by_*: whole edits, from picture to picture; multiply_as_much: the least that they take. draw_by_*: pairs of pictures, as make_data.py draws them. train_by_*:
-optimiser steps of an editor's training, as train.py makes them, and as diffusers' train_instruct_pix2pix.py does between two
-batches of its loader.
+edit_by_*: whole edits, from picture to picture; multiply_as_much: the least that they take. draw_by_*: pairs of pictures,
+as make_data.py draws them. train_by_*: optimiser steps of an editor's training, as train.py makes them, and as diffusers'
+train_instruct_pix2pix.py does between two batches of its loader.
 """
 from functools import lru_cache, partial
 from itertools import count

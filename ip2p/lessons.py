@@ -10,7 +10,7 @@ from .text import Tokenizer
 from .truth import FIXED, psnr, through
 from .world import KINDS
 
-# Of so many lessons each kind is one: drawing things anew is harder to learn than changing the light.
+# How many of 24 lessons are of each kind: drawing things anew is harder to learn than changing the light.
 SHARES = dict(object=5, time=1, weather=1, season=1, place=3, color=2, add=4, remove=2, size=3, style=2)
 LESSONS = tuple(kind for kind, share in SHARES.items() for _ in range(share))
 

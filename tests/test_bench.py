@@ -68,8 +68,8 @@ def test_operations_are_counted(folders):
                         for steps, scale in ((1, 1), (2, 1), (1, 1.5)))
     assert two - one == pytest.approx(0.803, rel=5e-3) and one == pytest.approx(1.12 + 2.51 + 0.803, rel=1e-2)
     assert guided + 19 * 3 * (two - one) == pytest.approx(51.8, rel=5e-3)
-    before = bench_programs.multiply_as_much(folders[0], "cpu", "fp32")
-    assert before(pictures=2, size=32, steps=3, cfg_text=5.0, cfg_image=1.5) is None
+    multiply = bench_programs.multiply_as_much(folders[0], "cpu", "fp32")
+    assert multiply(pictures=2, size=32, steps=3, cfg_text=5.0, cfg_image=1.5) is None
 
 
 def test_both_trainings_are_the_same_and_other_weights_are_seen(folders):
