@@ -10,6 +10,7 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from torch import nn
 from ip2p.muon import Muon, orthogonalize
 from ip2p.run_folder import list_checkpoints
 from ip2p.scorer import load_scorer
-from ip2p.stages import Pool, diffusion_loss
+from ip2p.stages import Pool, diffusion_loss, draw_timesteps, is_settling
 from ip2p.training import EMA, fit, lr_scale, seeded
 
 ROOT = Path(__file__).parent.parent
@@ -255,6 +256,21 @@ def test_the_loss_of_a_diffusion_model_by_hand(parameterization):
     expected = noise if parameterization == "eps" else cos * noise - sin * x0
     assert loss.item() == pytest.approx(((said - expected) ** 2).mean().item(), rel=1e-5)
     torch.testing.assert_close(seen[0], torch.cat([cos * x0 + sin * noise, image], 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "logit-normal"])
+def test_timesteps_are_of_their_distribution_and_uniform_while_settling(distribution):
+    """Shares below 300, 500 and 900 against the distribution functions, by 100,000 draws: within 5 standard errors."""
+    args = argparse.Namespace(steps=100, cooldown=0.6)
+    assert [step for step in range(100) if is_settling(step, args)] == list(range(70, 100))
+    for settling in (False, True):
+        t = draw_timesteps(distribution, 100_000, seeded(0, 1), settling)
+        assert t.dtype == torch.int64 and 0 <= t.min() and t.max() <= 999
+        for least in (300, 500, 900):
+            share = least / 1000
+            if distribution == "logit-normal" and not settling:
+                share = NormalDist(0.6, 1).cdf(math.log(share / (1 - share)))
+            assert (t < least).double().mean().item() == pytest.approx(share, abs=5 * (share * (1 - share) / 100_000) ** 0.5)
 
 
 def test_pool_batches_depend_on_the_step_alone():
