@@ -7,7 +7,7 @@
 """
 import sys
 from functools import partial
-from itertools import product
+from itertools import count, islice, product
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from .images import contact_sheet, save_image, to_images
 from .inversion import invert
 from .pipeline import InstructPix2Pix
 from .tables import decimal, percent, print_table, write_rows
-from .truth import FIXED, evaluate_edits, evaluate_pictures, psnr, through, unchanged
+from .truth import FIXED, evaluate_edits, evaluate_pictures, is_fixed, psnr, through, unchanged
 from .world import World
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
@@ -36,7 +36,7 @@ def evaluate_pairs(args):
 
     The first is of pairs drawn freely, as `make_data.py` does it. For the second the true source picture is inverted (DDIM
     under its caption), both pictures are drawn from that noise, and the edited one is compared with the true edited
-    picture: all over, and outside of what truly changed. Kinds of edits whose instruction fixes the true picture only.
+    picture: all over, and outside of what truly changed. Only edits of which there is one true result.
     """
     model, world = InstructPix2Pix.load(args.model, args.device, args.dtype), World(args.device)
     judge, thresholds = ClipSimilarity.load(args.clip, args.device), Thresholds.of(args.clip)
@@ -44,7 +44,8 @@ def evaluate_pairs(args):
     print(f"cfg_text={cfg_text}", thresholds, flush=True)
 
     # The true pairs, and the noise that leads back to their sources.
-    examples = [world.edit(args.seed, i, "combinations", FIXED[i % len(FIXED)]) for i in range(args.count)]
+    edits = (world.edit(args.seed, i, "combinations", FIXED[i % len(FIXED)]) for i in count())
+    examples = list(islice(filter(is_fixed, edits), args.count))
     before, after = (world.render([getattr(e, which) for e in examples]).cpu() for which in ("source", "target"))
     captions, edited = [e.caption for e in examples], [e.edited_caption for e in examples]
     same = unchanged(before, after)

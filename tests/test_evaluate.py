@@ -19,10 +19,12 @@ from ip2p.inversion import InvertedPicture, sdedit
 from ip2p.prompt_to_prompt import prompt_to_prompt
 from ip2p.scorer import Seen, build_scorer, near, read_scene, save_scorer
 from ip2p.text import TextConfig, TextEncoder
-from ip2p.truth import ATTRIBUTES, Verdict, edit_pixels, judge_edit, judge_edits, judge_picture, psnr, summarize, unchanged
+from ip2p.truth import (ATTRIBUTES, FIXED, Verdict, edit_pixels, is_fixed, judge_edit, judge_edits, judge_picture, psnr,
+                        summarize, unchanged)
 from ip2p.unet import UNet, UNetConfig
 from ip2p.vae import AutoencoderKL, VAEConfig
 from ip2p.world import COLORLESS, KINDS, World
+from ip2p.world_art import FILTERS
 
 SPLITS = ("combinations", "phrasings")
 
@@ -123,7 +125,7 @@ def test_a_wrong_attribute_lowers_its_own_figure_alone(world, attribute):
                 elif attribute in ("place", "style", "condition"):
                     expected = {(group, attribute) for group, all in (("asked", asked), ("kept", kept)) if attribute in all}
                 elif attribute == "position":
-                    expected = set() if kind == "place" or kind == "add" and not was_there else {("kept", attribute)}
+                    expected = set() if kind == "add" and not was_there else {("kept", attribute)}
                 else:
                     colorless = attribute == "color" and {edit.source.style, edit.target.style} & set(COLORLESS)
                     replaces_odd_size = attribute == "size" and kind == "object" and not was_there and any(
@@ -168,6 +170,26 @@ def test_a_thing_that_grows_may_stay_where_it_was_or_stand_where_the_truth_has_i
             reading = replace(read_scene(world, edit.target), things=new | {noun: replace(new[noun], x=at.x, y=at.y)})
             assert all(judge_edit(world, edit, reading)[1].values())
     assert moved
+
+
+def test_a_fixed_edit_has_one_true_result(world):
+    """Where rain and snow fall is drawn anew: if the picture before is the same, so is that after, unless the edit brings
+    them (snow that turns into rain counts as not fixed too). And a style that is given is a filter of the picture."""
+    falls = 0
+    for kind in FIXED:
+        for i in range(40):
+            edit = world.edit(3, i, "combinations", kind)
+            others = [replace(scene, tile=(7 - scene.tile[0], *scene.tile[1:])) for scene in (edit.source, edit.target)]
+            before, after, before_2, after_2 = world.render([edit.source, edit.target, *others])
+            undone = kind == "style" and bool(edit.source.style)
+            differs = torch.equal(before, before_2) and not torch.equal(after, after_2)
+            turns = kind == "weather" and {edit.source.condition, edit.target.condition} == {"rain", "snow"}
+            assert is_fixed(edit) == (not differs and not undone and not turns), edit
+            if kind == "style" and not undone:
+                filtered = FILTERS[edit.target.style]((before[None] + 1) / 2) * 2 - 1
+                assert (filtered[0] - after).abs().mean() < 1e-4                     # of 2; a gray level is 8e-3
+            falls += differs
+    assert falls and not any(is_fixed(world.edit(3, 0, "combinations", kind)) for kind in ("object", "place", "add"))
 
 
 def test_psnr_is_a_slow_loop_inside_and_outside(world):
