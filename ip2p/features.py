@@ -47,22 +47,36 @@ def _load(decode, batches, workers):
 
 
 class Skipped(set):
-    """Complaints of what could not be read. Each is printed once."""
+    """Complaints of what could not be read. Each is printed once, and kept in `file` if there is one, where it outlasts the
+    process and is counted with those of others."""
+
+    def __init__(self, file: Path | None = None):
+        super().__init__(file.read_text("utf-8").splitlines() if file and file.exists() else ())
+        self.file = file
 
     def note(self, complaints):
         for complaint in set(complaints) - self:
             tqdm.write(f"skipped: {complaint}")
+            if self.file:
+                with self.file.open("a", encoding="utf-8") as file:
+                    file.write(complaint + "\n")
         self.update(complaints)
+
+    def count(self) -> int:
+        """Those of all processes, since the run began."""
+        return len(self | Skipped(self.file))
 
 
 class LivePairs:
     """encode(before, after): pixels (B, 3, H, W) to image latents (B, z, h, w) and a target (B, 2, z, h, w).
-    parts: the rows of a step that are asked for, in this order; workers: processes that decode ahead, 0 for none."""
+    parts: the rows of a step that are asked for, in this order; workers: processes that decode ahead, 0 for none; skipped:
+    a file for what cannot be read."""
 
-    def __init__(self, data: PairedDataset, encode: Callable, *, steps: int, batch_size: int, parts: list[slice], workers=0):
+    def __init__(self, data: PairedDataset, encode: Callable, *, steps: int, batch_size: int, parts: list[slice], workers=0,
+                 skipped: Path | None = None):
         self.data, self.encode, self.steps, self.batch_size = data, encode, steps, batch_size
         self.parts, self.workers = parts, workers
-        self.order, self.skipped, self.next = lru_cache(2)(data.order), Skipped(), None
+        self.order, self.skipped, self.next = lru_cache(2)(data.order), Skipped(skipped), None
 
     def _decode(self, n):
         epoch, position = divmod(n, len(self.data))

@@ -7,7 +7,7 @@ from .features import CachedPairs, LivePairs
 from .images import contact_sheet, save_image, to_images, to_pixels
 from .stages import encode, to_device
 from .text import Tokenizer
-from .truth import FIXED, psnr, through
+from .truth import FIXED, is_fixed, psnr, through
 from .world import KINDS
 
 # How many of 24 lessons are of each kind: drawing things anew is harder to learn than changing the light.
@@ -54,7 +54,8 @@ def open_pairs(args, data, encode_pairs, encode_text, weights):
     """What a step learns from, cached or not."""
     if not args.views:
         return LivePairs(data, encode_pairs, steps=args.steps, batch_size=args.batch_size, workers=args.workers,
-                         parts=distributed.own_rows(args.batch_size, args.accumulate))
+                         parts=distributed.own_rows(args.batch_size, args.accumulate),
+                         skipped=args.out / args.stage / "skipped.txt")
     def open_cache():
         with torch.no_grad():
             return CachedPairs(data, args.cache, args.views, encode_pairs, None if args.train_text else encode_text,
@@ -110,6 +111,10 @@ def score_edits(editor, world, args):
     scores = {"edit": [], "unedited": [], "autoencoder": []}
     for kind in FIXED:
         before, after, edits = world.pairs(args.seed, 100, -(-args.score_examples // 32), "combinations", kind)
+        fixed = [i for i, edit in enumerate(edits) if is_fixed(edit)]
+        if not fixed:
+            continue
+        before, after, edits = before[fixed], after[fixed], [edits[i] for i in fixed]
         edited = editor.edit(to_images(before), [e.instruction for e in edits], cfg_text=args.cfg_text,
                              cfg_image=args.cfg_image, progress=False)
         edited = torch.stack([to_pixels(p, 128, 128) for p in edited]).to(after)

@@ -73,6 +73,21 @@ def test_cached_pairs_are_the_live_ones(tmp_path, broken):
     assert all("1_1.jpg: not a picture" in complaint for complaint in live.skipped)
 
 
+def test_what_is_skipped_is_counted_over_processes_and_stops(tmp_path):
+    """Of an epoch of 21 examples, half of each step in a process of its own; the first is stopped after two steps."""
+    path, file = write_pairs(tmp_path / "set", broken=(4, 5, 20)), tmp_path / "skipped.txt"
+    halves, lives, encode.seen = [slice(0, 2), slice(2, 4)], [], 0
+    for rows, steps in ((halves[0], range(2)), (halves[0], range(2, 6)), (halves[1], range(6))):
+        lives.append(LivePairs(open_data(path), encode, steps=6, batch_size=4, parts=[rows], skipped=file))
+        for step in steps:
+            lives[-1].batch(step, rows)
+    assert [live.skipped.count() for live in lives] == [3, 3, 3]
+    alone = LivePairs(open_data(path), encode, steps=6, batch_size=4, parts=[halves[0]])
+    for step in range(6):
+        alone.batch(step, halves[0])
+    assert 0 < alone.skipped.count() < 3                                        # so it takes both processes
+
+
 def test_live_pairs_do_not_depend_on_where_they_begin_or_on_workers(pairs):
     def make(workers=0):
         return LivePairs(open_data(pairs), encode, steps=9, batch_size=4, parts=[slice(0, 2), slice(2, 4)], workers=workers)
