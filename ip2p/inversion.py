@@ -77,7 +77,8 @@ def null_text(model: InstructPix2Pix, latents: list[Tensor], prompt: str, *, cfg
         for j in range(inner_steps):
             with torch.enable_grad():
                 loss = F.mse_loss(previous(null), latents[-2 - i])
-            null.grad, = torch.autograd.grad(loss, null)
+            grad, = torch.autograd.grad(loss * x.numel(), null)             # the mean's own is too small for float16
+            null.grad = grad / x.numel()
             adam.step()
             bar.update()
             if loss.item() < tolerance + 2e-5 * i:

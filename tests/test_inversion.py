@@ -1,4 +1,6 @@
 """Editing real pictures with a text-to-image model, against diffusers' scheduler and the published loops written out."""
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ import_open_clip()
 diffusers = pytest.importorskip("diffusers")
 
 STEPS, CFG = 5, 3.0
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +103,17 @@ def test_null_text_is_the_published_loop(model, picture, scheduler, tolerance, u
         x = scheduler.step(guided(model, x, t, "a fox", null), t, x).prev_sample
         assert (nulls[i] - null).abs().max() < 1e-4 * null.abs().max()                   # Adam divides by small gradients
     assert not any(p.grad is not None for p in model.unet.parameters())
+
+
+def test_null_text_learns_in_half_precision(picture):
+    """The shipped base, whose gradients are below float16's smallest numbers: contexts go where they go in float32."""
+    models = [InstructPix2Pix.load(ROOT / "weights/mini-sd.safetensors", dtype=dtype) for dtype in (torch.float32, torch.float16)]
+    latents = invert(models[0], encode_picture(models[0], picture.resize((64, 64))), ["a fox"], 3, progress=False)
+    moved = []
+    for model in models:
+        nulls = null_text(model, latents, "a fox", cfg_text=CFG, inner_steps=2, tolerance=-1.0, progress=False)
+        moved.append((nulls[-1] - model.encode_text([""]).float()).flatten())
+    assert torch.cosine_similarity(*moved, 0) > 0.8 and moved[1].norm() > 0.8 * moved[0].norm()
 
 
 def test_null_text_undoes_guidance(model, picture):
