@@ -1,6 +1,8 @@
 """A function as a CUDA graph: its kernels, hundreds in a sampler's step, are started at once. One by one, starting them
 takes longer than running them where a model is small or a GPU large."""
 import sys
+from functools import lru_cache
+from threading import get_ident
 from typing import Callable
 
 import torch
@@ -37,7 +39,7 @@ class CUDAGraphed:
 
     def _warm_up(self, inputs):
         """On a stream other than the default one, as PyTorch asks for before recording."""
-        stream = torch.cuda.Stream()
+        stream = side_stream(torch.cuda.current_device(), get_ident())
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             output = self.function(*inputs)
@@ -46,12 +48,18 @@ class CUDAGraphed:
 
     def _record(self, inputs):
         graph, self.inputs = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
-        stream = torch.cuda.current_stream()
+        stream, side = torch.cuda.current_stream(), side_stream(torch.cuda.current_device(), get_ident())
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):           # other threads may use the GPU meanwhile
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):   # other threads may use the GPU
                 self.output = self.function(*self.inputs)
             self.graph = graph
         except RuntimeError as error:
             torch.cuda.set_stream(stream)                      # which a recording that fails at its end does not give back
             reason = (str(error).strip().splitlines() or [""])[0]
             print(f"note: no CUDA graph, steps are run as usual ({reason})", file=sys.stderr)
+
+
+@lru_cache(maxsize=None)
+def side_stream(device: int, thread: int):
+    """A thread's second stream on the current device. Always the same one: memory of cuBLAS stays with each that was used."""
+    return torch.cuda.Stream(device)

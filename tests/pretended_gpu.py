@@ -36,19 +36,20 @@ class PretendedGPU(TorchFunctionMode):
     """Within it there is a device "cuda". Its tensors are the CPU's, and so is the arithmetic, but they do not combine with the
     CPU's other than as a GPU's do, nor take its random numbers, nor become numpy's; and a graph does not record a crossing.
 
-    crossings: how often numbers were moved to or from it, or waited for."""
+    crossings: how often numbers were moved to or from it, or waited for; reads: how often from it."""
 
     def __init__(self, monkeypatch):
         super().__init__()
-        self.crossings, self.recording = 0, False
+        self.crossings, self.reads, self.recording = 0, 0, False
         autocast, new, stream = torch.autocast, torch.nn.Parameter.__new__, SimpleNamespace(wait_stream=lambda other: None)
 
         def new_parameter(cls, data=None, requires_grad=True):
             return mark(new(cls, data, requires_grad), there(data))
 
-        for name, value in dict(is_available=lambda: True, Stream=lambda: stream, CUDAGraph=lambda: Tape(self),
+        for name, value in dict(is_available=lambda: True, Stream=lambda device: stream, CUDAGraph=lambda: Tape(self),
                                 current_stream=lambda: stream, stream=lambda stream: nullcontext(), graph=lambda tape, **_: tape,
-                                set_stream=lambda stream: None, device=lambda device: nullcontext()).items():
+                                set_stream=lambda stream: None, device=lambda device: nullcontext(), current_device=lambda: 0,
+                                is_bf16_supported=lambda **_: True).items():
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(torch, "autocast", lambda device, *args, **kwargs: autocast("cpu", *args, **kwargs))
         monkeypatch.setattr(torch.nn.Parameter, "__new__", new_parameter)
@@ -70,6 +71,7 @@ class PretendedGPU(TorchFunctionMode):
         if on_gpu and name == "__getitem__" and not own:
             raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
         if on_gpu and (name in READS or name in MEET and not everywhere or waits_for_indices(name, args)):
+            self.reads += name in READS
             self.cross()
         on_gpu = own if name in MEET - {"nonzero"} else on_gpu
         if kwargs.get("device") is not None:
@@ -98,6 +100,7 @@ class PretendedGPU(TorchFunctionMode):
         dtypes = [y for y in args if isinstance(y, torch.dtype)]
         out = torch.Tensor.to(x, *dtypes, **kwargs) if dtypes or kwargs.keys() - {"non_blocking"} else x
         if to_gpu != there(x):
+            self.reads += not to_gpu
             self.cross()
             out = out.clone() if out is x else out
         return mark(out, to_gpu)

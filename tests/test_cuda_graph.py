@@ -44,7 +44,7 @@ def test_other_shapes_are_not_replayed(gpu):
 
 
 def test_what_cannot_be_recorded_runs_as_usual(gpu, monkeypatch, capsys):
-    def refuse(tape, capture_error_mode):
+    def refuse(tape, stream, capture_error_mode):
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
     monkeypatch.setattr(torch.cuda, "graph", refuse)
     graphed = CUDAGraphed(torch.neg)
