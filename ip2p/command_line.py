@@ -35,6 +35,10 @@ def exit_status(name: str, command: Callable, short_of_memory: str, stopped: str
         return command() or 0
     except (ValueError, OSError) as error:
         line = complaint(error)
+    except ModuleNotFoundError as error:
+        if error.name != "fcntl":
+            raise
+        line = "needs Linux or macOS, for their locks on files"
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             line = f"out of memory; try {short_of_memory}"
@@ -55,5 +59,6 @@ def complaint(error: Exception) -> str:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether it is memory that was lacking: a GPU's or Python's own error says so, and on a CPU a plain RuntimeError."""
-    return "memory" in f"{error!r}".lower()
+    """Whether it is memory that was lacking: Python's own error says so by its kind, torch's by their words."""
+    words = ("out of memory", "allocate memory", "not enough memory", "alloc_failed")
+    return isinstance(error, MemoryError) or any(some in str(error).lower() for some in words)

@@ -25,6 +25,8 @@ def raising(error):
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), 2, "x.py: out of memory; try less"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "x.py: out of memory; try less"),
     (MemoryError(), 2, "x.py: out of memory; try less"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), 2, "x.py: out of memory; try less"),
+    (ModuleNotFoundError("No module named 'fcntl'", name="fcntl"), 2, "x.py: needs Linux or macOS, for their locks on files"),
     (KeyboardInterrupt(), 130, "x.py: stopped; go on"),
     (KeyboardInterrupt("stopped at step 7"), 130, "x.py: stopped at step 7; go on")])
 def test_what_a_user_can_put_right_is_one_line(error, status, line, capsys):
@@ -33,7 +35,9 @@ def test_what_a_user_can_put_right_is_one_line(error, status, line, capsys):
     assert not out and err.strip("\n") == line
 
 
-@pytest.mark.parametrize("error", [RuntimeError("size mismatch"), KeyError("name"), AssertionError()])
+@pytest.mark.parametrize("error", [
+    RuntimeError("size mismatch"), KeyError("name"), AssertionError(), ModuleNotFoundError("No module named 'x'", name="x"),
+    RuntimeError("CUDA error: an illegal memory access was encountered"), RuntimeError("unsupported memory format option")])
 def test_what_is_our_own_mistake_is_not_hidden(error):
     with pytest.raises(type(error)):
         exit_status("x.py", raising(error), "less")
