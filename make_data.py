@@ -121,7 +121,7 @@ def draw_pairs(args):
     from ip2p.clip_filter import ClipSimilarity
     from ip2p.pipeline import InstructPix2Pix
     prompts = read_prompts(args)
-    model = InstructPix2Pix.load(args.model, args.device, args.torch_dtype)
+    model = InstructPix2Pix.load(args.model, args.device, args.torch_dtype, parameterization=args.parameterization)
     model.check_makes_pictures()
     choose_settings(args, model.parts.metadata)
     limits = choose_thresholds(args)
@@ -187,7 +187,8 @@ def choose_thresholds(args):
 
 def begin_or_continue(args, limits):
     """Store what decides on the pairs as OUT/settings.json; ValueError if OUT was begun with something else."""
-    drawn = ("seed", "steps", "n_samples", "min_p2p", "max_p2p", "min_cfg", "max_cfg", "control", "sampler", "dtype", "miniature")
+    drawn = ("seed", "steps", "n_samples", "min_p2p", "max_p2p", "min_cfg", "max_cfg", "control", "sampler", "dtype", "miniature",
+             "parameterization")
     new = {name: getattr(args, name) for name in drawn} | {"model": Path(args.model).name}
     new |= {"filter": None} if args.pairs_only else filter_settings(args, limits)
     path = args.out / "settings.json"
@@ -376,6 +377,8 @@ def parse(argv=None):
     flag("--out", type=Path, default=Path("data"), help="the data set's folder (default: %(default)s)")
     flag("--model", default=str(WEIGHTS / "mini-sd.safetensors"), help="a text-to-image model: a file, a diffusers folder "
          "or an id on the Hugging Face hub (default: weights/mini-sd.safetensors)")
+    flag("--parameterization", choices=("eps", "v"), help="what the model's UNet predicts, where its file does not say or is wrong "
+         "(default: what the file says, else a guess)")
     flag("--gpt", default=str(WEIGHTS / "mini-gpt.safetensors"), help="what writes edits: a file of ours, or GPT-2 "
          "fine-tuned with train.py (default: weights/mini-gpt.safetensors)")
     flag("--captions", help="a text file with a caption a line, or .jsonl or .csv (default: the toy world's, without end)")

@@ -23,6 +23,8 @@ WEIGHTS = Path(__file__).resolve().parent / "weights"
 EDITOR = WEIGHTS / "mini-ip2p-fast.safetensors", "path/to/instruct-pix2pix-00-22000.safetensors or --model timbrooks/instruct-pix2pix"
 BASE = WEIGHTS / "mini-sd.safetensors", "path/to/v1-5-pruned-emaonly.safetensors"
 METHODS = {"ip2p": EDITOR, "sdedit": BASE, "p2p": BASE, "null-text": BASE}            # the model of each, and the public one
+OWN_FLAGS = {("grid", "cfg_image", "negative_prompt", "sampler"): ["ip2p"], ("strength",): ["sdedit"],
+             ("source_prompt", "cross_steps", "self_steps", "blend"): ["p2p", "null-text"]}
 WRITTEN = (".png", ".jpg", ".jpeg", ".webp")
 READ = (*WRITTEN, ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm")           # what is taken from a folder
 
@@ -49,7 +51,8 @@ def main(args):
         args.model = str(miniature)
         print(f"model: the miniature, which knows only the toy world it was trained on; for photographs, pass --model {public}")
     args.device, args.dtype, dtype = choose_device(args.device, args.dtype)
-    model = InstructPix2Pix.load(args.model, args.device, dtype, args.vae, low_memory=args.low_memory)
+    model = InstructPix2Pix.load(args.model, args.device, dtype, args.vae, parameterization=args.parameterization,
+                                 low_memory=args.low_memory)
     if args.method == "ip2p" and not model.is_editor:
         raise ValueError(f"{args.model}: not an editor: its UNet takes {model.unet.config.in_channels} channels, "
                          f"InstructPix2Pix's {2 * model.vae.config.z_channels}")
@@ -68,7 +71,7 @@ def main(args):
         kept = settings | {name: getattr(args, name) for name in names}
     record = kept | dict(method=args.method, cfg_text=cfg_text if args.grid else cfg_text[0],
                          model=Path(args.model).name if Path(args.model).exists() else args.model,
-                         vae=args.vae and Path(args.vae).name, dtype=args.dtype)
+                         vae=args.vae and Path(args.vae).name, parameterization=args.parameterization, dtype=args.dtype)
     print(" ".join(f"{k}={v!r}" for k, v in record.items()), f"seed={args.seed} device={args.device}", flush=True)
     note_prompts(model.tokenizer, args)
     if args.compile:
@@ -233,6 +236,8 @@ def parse(argv=None):
     flag("--model", help="a .safetensors or .ckpt file, a diffusers folder, or an id on the Hugging Face hub (default: "
          "weights/mini-ip2p-fast.safetensors, the distilled miniature; weights/mini-sd.safetensors for other methods)")
     flag("--vae", help="a file or folder with another autoencoder (default: the model's own)")
+    flag("--parameterization", choices=("eps", "v"), help="what the model's UNet predicts, where its file does not say or is wrong "
+         "(default: what the file says, else a guess)")
     flag("--output", default="outputs", help="a folder, where results get names like fox-make-it-night.png that are not taken "
          "yet; or a .png, .jpg or .webp file, for a single result (default: %(default)s)")
     flag("--steps", type=within(int, 1, 1000), help="of the sampler (default: the model's own, else 20)")
@@ -265,8 +270,10 @@ def parse(argv=None):
     args = p.parse_args(argv)
     if args.grid and args.num_images > 1:
         p.error(f"--grid makes one picture of each scale, so --num-images must be 1, got {args.num_images}")
-    if args.method != "ip2p" and (args.grid or args.cfg_image or args.negative_prompt):
-        p.error(f"--grid, --cfg-image and --negative-prompt go with --method ip2p, got --method {args.method}")
+    for names, methods in OWN_FLAGS.items():
+        for name in names:
+            if getattr(args, name) != p.get_default(name) and args.method not in methods:
+                p.error(f"--{name.replace('_', '-')} goes with --method {' or '.join(methods)}, got --method {args.method}")
     if args.method in ("p2p", "null-text"):
         if not (args.source_prompt or "").strip():
             p.error(f"--method {args.method} needs --source-prompt, what the picture shows")

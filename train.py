@@ -27,7 +27,6 @@ from torch import nn
 from ip2p import InstructPix2Pix, distributed
 from ip2p.checkpoint import load_checkpoint, save_checkpoint
 from ip2p.command_line import Parser, exit_status
-from ip2p.data import find_pairs
 from ip2p.distill import train_distill
 from ip2p.features import CachedPairs, hash_weights
 from ip2p.guidance import dropout_masks
@@ -140,7 +139,11 @@ def train_edit(args, base):
     editor, resting = InstructPix2Pix(replace(base, metadata={})), args.device
     if args.offload and isinstance(pairs, CachedPairs):
         resting = "cpu"
-        vae.to(resting), text.to(resting)
+
+    def put_idle(device):
+        """What does not learn, where it is needed or where it waits."""
+        for part in [vae] if args.train_text else [vae, text]:
+            part.to(device)
 
     @contextmanager
     def sampling():
@@ -149,21 +152,22 @@ def train_edit(args, base):
         weight = unet.input_blocks[0][0].weight.data
         own = weight.clone()
         weight[:, z:] *= image_scale
-        vae.to(args.device), text.to(args.device)
+        put_idle(args.device)
         yield
         weight.copy_(own)
-        vae.to(resting), text.to(resting)
+        put_idle(resting)
 
     def sheet(path):
         with sampling():
             save_sheet(path, editor, world, held_out, args, count=6, per_kind=3)
 
+    put_idle(resting)
     record = run(args, model, loss_fn, sheet, **same)
     if distributed.rank():
         return None
 
     # Score, save.
-    vae.to(args.device), text.to(args.device)
+    put_idle(args.device)
     if held_out:
         batches = data_batches(held_out, encode_pairs, min(args.score_examples, len(held_out)), size=16)
     else:
@@ -172,9 +176,9 @@ def train_edit(args, base):
         losses = [len(b[2]) * loss_fn(i, None, b, dropout=0, timesteps="uniform")[0].item() for i, b in enumerate(batches)]
     record["held_out_loss"] = round(sum(losses) / min(args.score_examples, len(held_out or range(args.score_examples))), 4)
     record |= dict(cfg_text=args.cfg_text, cfg_image=args.cfg_image, base=history(base.metadata))
-    if skipped := getattr(pairs, "skipped", None):
-        record["skipped"] = len(skipped)
-        distributed.say(f"{len(skipped)} pairs were skipped, as their files cannot be read")
+    if hasattr(pairs, "skipped") and (skipped := pairs.skipped.count()):
+        record["skipped"] = skipped
+        distributed.say(f"{skipped} pairs were skipped, as their files cannot be read")
     start, small = args.init or args.base, is_miniature(base.metadata)
     shared = {"vae": start.name} if small and start.resolve().parent == args.out.resolve() else None     # stored once
     with sampling():
@@ -210,7 +214,7 @@ def main(args):
     check(args)
     args.out.mkdir(parents=True, exist_ok=True)
     distributed.say(" ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None))
-    if base and args.data != "world":
+    if base and is_miniature(base.metadata):
         make_small_data(args)
     args.layout = torch.channels_last if args.device.startswith("cuda") else torch.contiguous_format
     if args.device.startswith("cuda"):
@@ -227,7 +231,9 @@ def defaults(args):
     """Settings for what was not asked for."""
     if args.stage == "edit":
         return PRESETS[args.preset]
-    return FAST if args.stage == "distill" and args.preset != "miniature" else STAGES[args.stage]
+    if args.stage == "distill" and args.preset != "miniature":
+        return FAST | dict(offload=PRESETS[args.preset]["offload"])
+    return STAGES[args.stage]
 
 
 def open_base(args):
@@ -240,7 +246,7 @@ def open_base(args):
         here = args.out / RESULTS["edit"]
         args.init = args.init or (here if here.exists() else WEIGHTS / here.name)
     if args.init:
-        base = load_checkpoint(args.init)
+        base = load_checkpoint(args.init, parameterization=args.parameterization)
         if base.unet.config.cond_dim:
             raise ValueError(f"--init {args.init}: is distilled already; give the editor that it was distilled from")
         if base.unet.config.in_channels != 2 * base.vae.config.z_channels:
@@ -249,11 +255,11 @@ def open_base(args):
     else:
         here = args.out / RESULTS["base"]
         args.base = args.base or (here if here.exists() else WEIGHTS / here.name)
-        base = load_checkpoint(args.base)
+        base = load_checkpoint(args.base, parameterization=args.parameterization)
         if base.unet.config.in_channels != base.vae.config.z_channels:
             raise ValueError(f"--base {args.base}: no text-to-image model, its UNet takes {base.unet.config.in_channels} "
                              f"channels; to go on from an editor, give it as --init")
-        base = load_checkpoint(args.base, in_channels=2 * base.vae.config.z_channels)
+        base = load_checkpoint(args.base, in_channels=2 * base.vae.config.z_channels, parameterization=args.parameterization)
     small = is_miniature(base.metadata)
     args.preset = args.preset or ("miniature" if small else "paper")
     if not (args.data or small):
@@ -268,23 +274,17 @@ def open_base(args):
 
 
 def make_small_data(args):
-    """A data set to begin with, where there is none and none was asked for, or one that was begun so and stopped."""
-    unfinished = Path("data/.unfinished")
-    if args.data == "data" and distributed.rank() == 0 and (unfinished.exists() or not has_pairs(args.data)):
+    """A data set to begin with, where there is nothing and nothing else was asked for, or one that was begun so and stopped."""
+    folder, unfinished = Path("data"), Path("data/.unfinished")
+    nothing = not folder.exists() or unfinished.exists() or not any(folder.iterdir())
+    if args.data == "data" and distributed.rank() == 0 and nothing:
         print("no data set in data/: drawing a small one, of 24 captions, which takes a few minutes (python make_data.py draws "
               "a larger one; --data world learns from the toy world's true pairs)", flush=True)
-        unfinished.parent.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)
         unfinished.touch()
         make_pairs(args, "--out", "data", "--num-captions", 24, "--n-samples", 4)
         unfinished.unlink()
     distributed.wait_for_all()
-
-
-def has_pairs(folder):
-    try:
-        return bool(find_pairs(folder))
-    except ValueError:
-        return False
 
 
 def make_pairs(args, *flags):
@@ -408,6 +408,8 @@ def parse(argv=None):
     flag("--init", type=Path, help="an editor to go on from, in place of --base; distill: the editor to learn from (default: "
          "OUT/mini-ip2p.safetensors if there is one, else weights/mini-ip2p.safetensors); base: the text-to-image checkpoint "
          "to train further, made with the same autoencoder; scorer: the one to train further")
+    flag("--parameterization", choices=("eps", "v"), help="what the UNet of --base or --init predicts, where its file does not say or is wrong "
+         "(default: what the file says, else a guess)")
     flag("--data", help="a data set, as make_data.py writes it or in any layout that ip2p/data.py reads, or `world` for the "
          "toy world's true pairs (default: data, made if there is none)")
     flag("--preset", choices=PRESETS, help="see above (default: miniature if the base is one, else paper)")

@@ -30,7 +30,10 @@ def choose_device(device: str | None, dtype: str | None):
     """Names of the device and dtype, by default of what exists, and torch's dtype. ValueError if there is no such device."""
     device = own_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     check_device(device)
-    dtype = dtype or ("bf16" if device.startswith("cuda") else "fp32")
+    if not dtype and device.startswith("cuda"):
+        with torch.cuda.device(device):                                 # GPUs before Ampere imitate bf16, slowly
+            dtype = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    dtype = dtype or "fp32"
     return device, dtype, DTYPES[dtype]
 
 

@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from . import distributed
 from .schedule import add_noise, make_alphas_cumprod, velocity
-from .tensorfiles import replacing
 from .training import fit, seeded
 
 
@@ -25,15 +24,10 @@ def run(args, module, loss_fn, sheet=None, **fixed):
     `fixed`, in its checkpoints too. Returns the record for the file's metadata."""
     told = {k: v for k, v in vars(args).items() if k not in ("layout", "autocast") and v is not None}
     fixed |= {k: v.name if isinstance(v, Path) else v for k, v in told.items() if k not in FREE}
-    folder = args.out / args.stage
-    folder.mkdir(parents=True, exist_ok=True)
-    if distributed.rank() == 0:
-        with replacing(folder / "settings.json") as temporary:
-            temporary.write_text(json.dumps(told, indent=1, default=str))
-    result = fit(module, loss_fn, folder, steps=args.steps, batch_size=args.batch_size, accumulate=args.accumulate,
+    result = fit(module, loss_fn, args.out / args.stage, steps=args.steps, batch_size=args.batch_size, accumulate=args.accumulate,
                  minutes=args.minutes, lr=args.lr, optimizer=args.optimizer, warmup=args.warmup, cooldown=args.cooldown,
                  ema_decay=args.ema_decay, clip_norm=args.clip_norm, offload=args.offload, keep=args.keep,
-                 save_minutes=args.save_minutes, sheet_minutes=args.sheet_minutes, sheet=sheet, config=fixed)
+                 save_minutes=args.save_minutes, sheet_minutes=args.sheet_minutes, sheet=sheet, config=fixed, settings=told)
     data = f"ip2p.world, {args.subset}" if args.data == "world" else Path(args.data).name
     return dict(stage=args.stage, data=data, steps=result["step"], batch_size=args.batch_size,
                 minutes=round(result["seconds"] / 60, 1), finished=result["finished"], commit=commit(),
@@ -91,8 +85,8 @@ def encode(vae, pixels):
 
 
 def to_device(x, device: str):
-    """A tensor on the device, which is not waited for."""
-    return x.pin_memory().to(device, non_blocking=True) if device.startswith("cuda") and not x.is_cuda else x
+    """A tensor on the device; a GPU is not waited for."""
+    return x.pin_memory().to(device, non_blocking=True) if device.startswith("cuda") and not x.is_cuda else x.to(device)
 
 
 @lru_cache

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from . import distributed
 from .muon import Muon
 from .run_folder import draw_loss, forget_after, list_checkpoints, read_newest, write_checkpoint
+from .tensorfiles import replacing
 
 
 def seeded(*numbers) -> torch.Generator:
@@ -77,14 +78,16 @@ def lr_scale(step: int, steps: int, warmup: int, cooldown: float) -> float:
 def fit(module: nn.Module, loss_fn: Callable, folder: Path, *, steps: int, batch_size: int = 1, accumulate: int = 1,
         minutes: float | None = None, lr: float = 1e-4, optimizer: str = "adamw", warmup: int = 100, cooldown: float = 0.0,
         ema_decay: float = 0.9999, clip_norm: float = 1.0, offload: bool = False, keep: int = 2, save_minutes: float = 3.0,
-        sheet_minutes: float = 10.0, sheet: Callable | None = None, config: dict | None = None) -> dict:
+        sheet_minutes: float = 10.0, sheet: Callable | None = None, config: dict | None = None,
+        settings: dict | None = None) -> dict:
     """Train `module` until `steps` are done or `minutes` of this call have passed, resuming from `folder`.
 
     loss_fn(step, rows) -> (loss, dict of numbers to log), the mean over `rows`, a slice of the step's `batch_size` examples;
     the parts are equal and their gradients are averaged. sheet(path) writes a picture, called with the averaged weights.
     clip_norm: the most that the gradient's norm may be, 0 for any. offload: the optimiser's state, the average and the
     weights that they go with are kept in the CPU's memory, and the module gets a copy after each step.
-    In `folder`: the last `keep` checkpoints step-*.pt (everything needed to go on), metrics.jsonl, loss.png, sheet-*.png.
+    In `folder`: the last `keep` checkpoints step-*.pt (everything needed to go on), metrics.jsonl, loss.png, sheet-*.png,
+    and settings.json with `settings`, or else `config`.
     On return the module holds the averaged weights. Returns {"step", "seconds", "finished"}.
     SIGINT and SIGTERM stop it after the step in hand: it saves, and raises KeyboardInterrupt.
     Raises ValueError if the folder holds a run with another `config`, the loss is not finite, or a file cannot be written.
@@ -115,6 +118,8 @@ def fit(module: nn.Module, loss_fn: Callable, folder: Path, *, steps: int, batch
     first, saved = step, None                                          # what was read takes memory
     if leads:
         forget_after(folder, step)
+        with replacing(folder / "settings.json") as temporary:
+            temporary.write_text(json.dumps(settings or config, indent=1, default=str))
     distributed.wait_for_all()
 
     device = weights[0].device

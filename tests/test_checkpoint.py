@@ -222,9 +222,9 @@ def test_parameterization_and_size_are_told_or_guessed(tmp_path, capsys):
 
     state = public(parts)
     kind, size, message = opened()
-    assert (kind, size) == ("v", 768) and message.count("\n") == 1 and 'parameterization="eps"' in message
+    assert (kind, size) == ("v", 768) and message.count("\n") == 1 and "--parameterization eps" in message
     kind, size, message = opened({"global_step": 875000})
-    assert (kind, size) == ("eps", 512) and 'parameterization="v"' in message
+    assert (kind, size) == ("eps", 512) and "--parameterization v" in message
     assert opened({"global_step": 110000})[0] == "v"
     assert opened(parameterization="eps") == ("eps", 512, "")
     torch.save({"state_dict": state, "ip2p": {"parameterization": "eps", "image_size": 640}}, path)

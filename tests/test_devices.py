@@ -1,5 +1,6 @@
 """Everything runs on a GPU: each command once, and what lies between pixels and pixels with the numbers that a CPU gives. The GPU
 is one in name (`pretended_gpu.py`), which refuses what a GPU refuses."""
+import json
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
@@ -13,6 +14,7 @@ from PIL import Image
 from ip2p import InstructPix2Pix, evaluate
 from ip2p.checkpoint import Parts
 from ip2p.clip_filter import ClipSimilarity, Thresholds, calibrate
+from ip2p.distributed import choose_device
 from ip2p.guidance import instruct_denoiser, text_denoiser
 from ip2p.images import to_pixels
 from ip2p.prompt_to_prompt import ControlledRun, LocalBlend, control_pairs, prompt_to_prompt
@@ -174,6 +176,42 @@ def test_training_learns_the_same_as_on_a_cpu(gpu, flags, tmp_path):
         run(train.run_command, "--data", "world", "--out", tmp_path / device, "--dtype", "fp32", "--device", device, *LITTLE, *flags)
         losses.append(read_state_dict(tmp_path / device / "mini-ip2p.safetensors")[1]["held_out_loss"])
     assert losses[0] == pytest.approx(losses[1], abs=2e-4)
+
+
+def test_a_text_encoder_that_learns_stays_on_the_gpu(gpu, tmp_path, monkeypatch):
+    """With cached pairs and --offload the parts that rest wait in the CPU's memory."""
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    for i in range(4):
+        Image.new("RGB", (128, 128), (60 * i, 0, 0)).save(folder / f"{i}.png")
+    row = dict(input_image="0.png", edited_image="1.png", edit="make it red")
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row | dict(input_image=f"{i}.png")) + "\n" for i in range(4)))
+    monkeypatch.setattr(train, "save_sheet", lambda *args, **settings: None)
+    monkeypatch.setattr(train, "score_edits", lambda *args: {})
+    run(train.run_command, "--preset", "12gb", "--dtype", "fp32", "--train-text", "--data", folder, "--out", tmp_path,
+        "--cache", tmp_path / "cache", *LITTLE, "--accumulate", 1, "--size", 128)
+    assert (tmp_path / "mini-ip2p.safetensors").exists()
+
+
+def test_no_step_of_training_waits_for_the_gpu(gpu, tmp_path, monkeypatch):
+    """Nothing is read from it but when the loss is logged or saved: in 12 steps as often as in 3. (Clipping groups gradients
+    by where they really are, which here is the CPU; on a GPU it waits for nothing.)"""
+    monkeypatch.setattr(train, "save_sheet", lambda *args, **settings: None)
+    monkeypatch.setattr(train, "score_edits", lambda *args: {})
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda weights, most: torch.ones((), device="cuda"))
+    reads = []
+    for steps in (3, 12):
+        before = gpu.reads
+        run(train.run_command, "--data", "world", "--out", tmp_path / str(steps), "--device", "cuda", *LITTLE, "--steps", steps,
+            "--reuse", 8)
+        reads.append(gpu.reads - before)
+    assert reads[0] == reads[1] > 0
+
+
+@pytest.mark.parametrize("supported, dtype", [(True, "bf16"), (False, "fp16")])
+def test_half_precision_is_the_gpus_own(gpu, supported, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported or including_emulation)
+    assert choose_device("cuda", None)[1] == dtype and choose_device("cuda", "fp32")[1] == "fp32"
 
 
 @pytest.mark.parametrize("what", ["edits", "pictures", "pairs", "curve"])

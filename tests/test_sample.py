@@ -13,7 +13,7 @@ from pictures import colors
 from PIL import Image
 
 from ip2p import InstructPix2Pix
-from ip2p.checkpoint import Parts, save_checkpoint
+from ip2p.checkpoint import Parts, load_checkpoint, save_checkpoint
 from ip2p.grid import grid_sheet
 from ip2p.images import open_image, to_images, to_pixels
 from ip2p.samplers import SAMPLERS
@@ -157,7 +157,7 @@ def test_png_tells_how_to_make_it_again(cli, tmp_path):
     told = record(made)
     assert told == {"image": "fox.png", "prompt": 'add a "ball"', "negative_prompt": "rain", "seed": 11, "steps": 3, "eta": 1.0,
                     "sampler": "euler-ancestral", "cfg_text": 2.5, "cfg_image": 1.25, "size": 40, "model": "tiny.safetensors",
-                    "vae": None, "dtype": "fp32", "method": "ip2p"}
+                    "vae": None, "parameterization": None, "dtype": "fp32", "method": "ip2p"}
     flags = [f for key in ("prompt", "negative_prompt", "seed", "steps", "sampler", "cfg_text", "cfg_image", "size", "dtype")
              for f in (f"--{key.replace('_', '-')}", told[key])]
     again = cli(*flags).files[0]
@@ -268,7 +268,8 @@ def test_methods_of_a_text_to_image_model(cli, tmp_path):
     base = write_model(tmp_path / "sd.safetensors", in_channels=4, cfg_text=2.0)
     pictures = {}
     for method in ("sdedit", "p2p", "null-text"):
-        result = cli("--model", base, "--method", method, "--source-prompt", "a fox", "--prompt", "a red fox", "--output", tmp_path / f"{method}.png")
+        source = () if method == "sdedit" else ("--source-prompt", "a fox")
+        result = cli("--model", base, "--method", method, *source, "--prompt", "a red fox", "--output", tmp_path / f"{method}.png")
         assert result.code == 0, result.err
         path = tmp_path / f"{method}.png"
         pictures[method] = Image.open(path)
@@ -291,6 +292,15 @@ def test_compile_wraps_the_unet(cli, monkeypatch):
 def test_other_vae(cli, model, tmp_path):
     result = cli("--vae", model)
     assert result.code == 0 and record(result.files[0])["vae"] == "tiny.safetensors"
+
+
+def test_a_model_may_predict_something_else_than_its_file_says(cli, model):
+    plain, *told = (pixels(cli(*flags).files[0]) for flags in
+                    ((), *(("--parameterization", kind) for kind in ("eps", "v"))))
+    own = load_checkpoint(model).parameterization
+    for kind, picture in zip(("eps", "v"), told):
+        assert np.array_equal(picture, plain) == (kind == own)
+    assert record(cli("--parameterization", "v").files[0])["parameterization"] == "v"
 
 
 def test_samplers_are_those_of_the_library(cli):
@@ -349,7 +359,10 @@ def test_bad_models(refused, tmp_path):
 
 def test_settings_that_do_not_go_together(refused):
     for flags, words in ((("--method", "p2p"), "needs --source-prompt"), (("--method", "null-text", "--source-prompt", " "), "needs --source-prompt"),
-                         (("--method", "sdedit", "--grid"), "go with --method ip2p"), (("--method", "sdedit", "--cfg-image", 1), "go with"),
+                         (("--method", "sdedit", "--grid"), "goes with --method ip2p, got --method sdedit"),
+                         (("--method", "p2p", "--source-prompt", "x", "--sampler", "euler-ancestral"), "--sampler goes with --method ip2p"),
+                         (("--method", "sdedit", "--cfg-image", 1), "--cfg-image goes"), (("--strength", .5), "--method sdedit, got"),
+                         (("--source-prompt", "x"), "--source-prompt goes with --method p2p or null-text, got --method ip2p"),
                          (("--method", "p2p", "--source-prompt", "x", "--num-images", 2), "must be 1, got 2"),
                          (("--method", "sdedit", "--strength", 1.5), "got 1.5")):
         assert words in refused(*flags)

@@ -54,6 +54,16 @@ def test_with_nothing_said_it_draws_a_small_data_set_and_learns_from_it(drawn, t
     assert len(drawn) == 1 and "drawing" not in said and len(list(Path("runs/cache").iterdir())) == 1
 
 
+def test_data_that_cannot_be_read_is_not_drawn_over(drawn, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    Path("data/pairs.jsonl").write_text('{"no": "pair"}\n')
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()) as complaint:
+        assert train.run_command(LITTLE) == 2
+    assert not drawn and len(list(Path("data").iterdir())) == 1
+    assert "data" in complaint.getvalue() and complaint.getvalue().count("\n") == 1
+
+
 def test_a_small_data_set_that_was_stopped_is_drawn_to_its_end(drawn, tmp_path, monkeypatch):
     """As after Ctrl-C with one prompt drawn: the pairs are then those of a run that was not stopped."""
     monkeypatch.chdir(tmp_path)

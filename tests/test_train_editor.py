@@ -164,6 +164,16 @@ def test_training_on_scaled_image_latents_gives_an_editor_of_unscaled_ones(base,
     assert not torch.equal(weights(tmp_path / "plain"), weights(tmp_path / "run"))
 
 
+def test_a_base_may_predict_something_else_than_its_file_says(base, command, tmp_path):
+    """Told that it predicts v, it learns v, and the result says so; that of another run is not gone on with."""
+    for kind in ("eps", "v"):
+        assert run(command("--steps", 1, "--parameterization", kind, out=kind))[0] == 0
+        assert load_checkpoint(tmp_path / kind / "ip2p.safetensors").parameterization == kind
+    assert losses(tmp_path / "eps") != losses(tmp_path / "v")
+    code, _, complaint = run(command("--steps", 2, out="v"))
+    assert code == 2 and "parameterization" in complaint and complaint.count("\n") == 1
+
+
 def test_an_editor_is_trained_on(command, tmp_path):
     """--init goes on from its weights, those for the image too, and does not widen it again."""
     assert run(command("--steps", 20))[0] == 0
@@ -316,6 +326,8 @@ def test_memory_of_the_presets_is_what_the_parameters_make_it():
     assert float(told["24gb"]) == pytest.approx((20 * count + copies) / GB + 0.8 + rows["24gb"] * 0.09, abs=0.1)
     assert float(told["12gb"]) == pytest.approx((8 * count + copies) / GB + rows["12gb"] * 0.09, abs=0.1)
     assert float(told["24gb"]) < 24 and float(told["12gb"]) < 12
+    distilling = {name: train.defaults(train.parse(["--stage", "distill", "--preset", name])) for name in told}
+    assert {name for name, settings in distilling.items() if settings["offload"]} == {"12gb"}
 
 
 @pytest.mark.parametrize("bf16, inputs, largest, everything", [(True, 0.011, 0.040, 0.31), (False, 0.022, 0.057, 0.47)])

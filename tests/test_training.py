@@ -340,8 +340,10 @@ def test_trains_on_a_data_set_and_from_a_base(trained, tmp_path):
             "--cache", tmp_path / "cache")
     code, record = command(*edit, "--data", tmp_path / "data")
     assert code == 0 and record["data"] == "data" and record["steps"] == 2, record
+    settings = (tmp_path / "runs/edit/settings.json").read_text()
     code, line = command(*edit, "--data", "world")                     # the same run on other data
     assert code == 2 and "other settings (data, pairs)" in line and line.count("\n") == 1
+    assert (tmp_path / "runs/edit/settings.json").read_text() == settings
     start = out / "mini-sd.safetensors"
     base = ("--batch-size", 2, "--stage", "base", "--init", start, "--out", out, "--seed", 1, "--steps")
     code, line = command(*base, 2)
