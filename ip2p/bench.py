@@ -234,7 +234,7 @@ KINDS = {"edit": (bench_edit, [1], [20]), "growth": (bench_growth, [1, 2, 4, 8, 
 def main(argv=None):
     p = Parser(prog="python -m ip2p.bench", description=__doc__)
     flag = p.add_argument
-    flag("what", choices=KINDS, help="what to measure")
+    flag("what", choices=KINDS, nargs="?", default="edit", help="what to measure (default: %(default)s)")
     flag("--model", help="a checkpoint (default: weights/mini-ip2p.safetensors; pairs: mini-sd.safetensors)")
     flag("--full-size", action="store_true", help="Stable Diffusion 1.5 with random weights instead (default: off)")
     flag("--size", type=int, nargs="+", help="side of the pictures (default: the model's own; growth: others too)")

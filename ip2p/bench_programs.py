@@ -86,6 +86,7 @@ def edit_by_diffusers(folder, device, dtype, compiled=False):
         if gpu:
             pipe.unet.to(memory_format=torch.channels_last)
             pipe.vae.to(memory_format=torch.channels_last)
+            pipe.fuse_qkv_projections()
             pipe.vae.decode = torch.compile(pipe.vae.decode, mode="max-autotune", fullgraph=True)
             from torch._inductor import config
             for name, value in dict(conv_1x1_as_mm=True, coordinate_descent_tuning=True, epilogue_fusion=False,
