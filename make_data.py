@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ip2p.command_line import Parser, exit_status, within
+from ip2p.command_line import PARAMETERIZATION, Parser, exit_status, within
 from ip2p.data import (find_pictures, keep_pictures, list_seeds, prompt_texts, read_json, read_jsonl, write_file, write_rows,
                        write_sheet)
 from ip2p.distributed import DTYPES, choose_device
@@ -377,8 +377,7 @@ def parse(argv=None):
     flag("--out", type=Path, default=Path("data"), help="the data set's folder (default: %(default)s)")
     flag("--model", default=str(WEIGHTS / "mini-sd.safetensors"), help="a text-to-image model: a file, a diffusers folder "
          "or an id on the Hugging Face hub (default: weights/mini-sd.safetensors)")
-    flag("--parameterization", choices=("eps", "v"), help="what the model's UNet predicts, where its file does not say or is wrong "
-         "(default: what the file says, else a guess)")
+    flag("--parameterization", **PARAMETERIZATION)
     flag("--gpt", default=str(WEIGHTS / "mini-gpt.safetensors"), help="what writes edits: a file of ours, or GPT-2 "
          "fine-tuned with train.py (default: weights/mini-gpt.safetensors)")
     flag("--captions", help="a text file with a caption a line, or .jsonl or .csv (default: the toy world's, without end)")

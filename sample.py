@@ -17,7 +17,7 @@ import tempfile
 from itertools import chain, count, islice, product
 from pathlib import Path
 
-from ip2p.command_line import Parser, complaint, exit_status, within
+from ip2p.command_line import PARAMETERIZATION, Parser, complaint, exit_status, within
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 EDITOR = WEIGHTS / "mini-ip2p-fast.safetensors", "path/to/instruct-pix2pix-00-22000.safetensors or --model timbrooks/instruct-pix2pix"
@@ -236,8 +236,7 @@ def parse(argv=None):
     flag("--model", help="a .safetensors or .ckpt file, a diffusers folder, or an id on the Hugging Face hub (default: "
          "weights/mini-ip2p-fast.safetensors, the distilled miniature; weights/mini-sd.safetensors for other methods)")
     flag("--vae", help="a file or folder with another autoencoder (default: the model's own)")
-    flag("--parameterization", choices=("eps", "v"), help="what the model's UNet predicts, where its file does not say or is wrong "
-         "(default: what the file says, else a guess)")
+    flag("--parameterization", **PARAMETERIZATION)
     flag("--output", default="outputs", help="a folder, where results get names like fox-make-it-night.png that are not taken "
          "yet; or a .png, .jpg or .webp file, for a single result (default: %(default)s)")
     flag("--steps", type=within(int, 1, 1000), help="of the sampler (default: the model's own, else 20)")

@@ -26,7 +26,7 @@ from torch import nn
 
 from ip2p import InstructPix2Pix, distributed
 from ip2p.checkpoint import load_checkpoint, save_checkpoint
-from ip2p.command_line import Parser, exit_status
+from ip2p.command_line import PARAMETERIZATION, Parser, exit_status
 from ip2p.distill import train_distill
 from ip2p.features import CachedPairs, hash_weights
 from ip2p.guidance import dropout_masks
@@ -136,9 +136,8 @@ def train_edit(args, base):
             return diffusion_loss(predict, x0, context, t, noise, base.parameterization, image_latents), {}
 
     # Train.
-    editor, resting = InstructPix2Pix(replace(base, metadata={})), args.device
-    if args.offload and isinstance(pairs, CachedPairs):
-        resting = "cpu"
+    editor = InstructPix2Pix(replace(base, metadata={}))
+    resting = "cpu" if args.offload and isinstance(pairs, CachedPairs) else args.device
 
     def put_idle(device):
         """What does not learn, where it is needed or where it waits."""
@@ -408,8 +407,7 @@ def parse(argv=None):
     flag("--init", type=Path, help="an editor to go on from, in place of --base; distill: the editor to learn from (default: "
          "OUT/mini-ip2p.safetensors if there is one, else weights/mini-ip2p.safetensors); base: the text-to-image checkpoint "
          "to train further, made with the same autoencoder; scorer: the one to train further")
-    flag("--parameterization", choices=("eps", "v"), help="what the UNet of --base or --init predicts, where its file does not say or is wrong "
-         "(default: what the file says, else a guess)")
+    flag("--parameterization", **PARAMETERIZATION)
     flag("--data", help="a data set, as make_data.py writes it or in any layout that ip2p/data.py reads, or `world` for the "
          "toy world's true pairs (default: data, made if there is none)")
     flag("--preset", choices=PRESETS, help="see above (default: miniature if the base is one, else paper)")

@@ -80,8 +80,9 @@ def load_checkpoint(path, *, device=None, dtype=None, vae=None, in_channels=None
         found.record = {}
     guess = "v" if is_sd2 and steps != 875000 else "eps"     # 875,000 steps: Stable Diffusion 2 base
     if is_sd2 and not (parameterization or found.parameterization):
-        print(f'ip2p: {path} does not say what it predicts; taking "{guess}". If pictures come out as noise, it is '
-              f'--parameterization {"eps" if guess == "v" else "v"}', file=sys.stderr)
+        other = "eps" if guess == "v" else "v"
+        print(f'ip2p: {path} does not say what it predicts; taking "{guess}". If pictures come out as noise, pass '
+              f'--parameterization {other}, in Python parameterization="{other}"', file=sys.stderr)
     parameterization = parameterization or found.parameterization or guess
     for name, kind in dict(sample_steps=int, cfg_text=(int, float), cfg_image=(int, float)).items():
         if not isinstance(found.record.get(name, 1), kind):

@@ -3,6 +3,9 @@ import argparse
 import sys
 from typing import Callable
 
+PARAMETERIZATION = dict(choices=("eps", "v"), help="what the UNet of the model given predicts, where its file does not say or "
+                        "is wrong (default: what the file says, else a guess)")          # a flag of all three scripts
+
 
 class Parser(argparse.ArgumentParser):
     """A parser whose help keeps the lines of its description as they are, and whose errors are one line."""

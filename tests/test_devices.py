@@ -178,7 +178,14 @@ def test_training_learns_the_same_as_on_a_cpu(gpu, flags, tmp_path):
     assert losses[0] == pytest.approx(losses[1], abs=2e-4)
 
 
-def test_a_text_encoder_that_learns_stays_on_the_gpu(gpu, tmp_path, monkeypatch):
+@pytest.fixture
+def unscored(monkeypatch):
+    """Editors are trained, but nothing is drawn with them, nor scored."""
+    monkeypatch.setattr(train, "save_sheet", lambda *args, **settings: None)
+    monkeypatch.setattr(train, "score_edits", lambda *args: {})
+
+
+def test_a_text_encoder_that_learns_stays_on_the_gpu(gpu, unscored, tmp_path):
     """With cached pairs and --offload the parts that rest wait in the CPU's memory."""
     folder = tmp_path / "pairs"
     folder.mkdir()
@@ -186,18 +193,14 @@ def test_a_text_encoder_that_learns_stays_on_the_gpu(gpu, tmp_path, monkeypatch)
         Image.new("RGB", (128, 128), (60 * i, 0, 0)).save(folder / f"{i}.png")
     row = dict(input_image="0.png", edited_image="1.png", edit="make it red")
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row | dict(input_image=f"{i}.png")) + "\n" for i in range(4)))
-    monkeypatch.setattr(train, "save_sheet", lambda *args, **settings: None)
-    monkeypatch.setattr(train, "score_edits", lambda *args: {})
     run(train.run_command, "--preset", "12gb", "--dtype", "fp32", "--train-text", "--data", folder, "--out", tmp_path,
         "--cache", tmp_path / "cache", *LITTLE, "--accumulate", 1, "--size", 128)
     assert (tmp_path / "mini-ip2p.safetensors").exists()
 
 
-def test_no_step_of_training_waits_for_the_gpu(gpu, tmp_path, monkeypatch):
+def test_no_step_of_training_waits_for_the_gpu(gpu, unscored, tmp_path, monkeypatch):
     """Nothing is read from it but when the loss is logged or saved: in 12 steps as often as in 3. (Clipping groups gradients
     by where they really are, which here is the CPU; on a GPU it waits for nothing.)"""
-    monkeypatch.setattr(train, "save_sheet", lambda *args, **settings: None)
-    monkeypatch.setattr(train, "score_edits", lambda *args: {})
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda weights, most: torch.ones((), device="cuda"))
     reads = []
     for steps in (3, 12):
