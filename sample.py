@@ -14,6 +14,7 @@ import json
 import re
 import sys
 import tempfile
+from contextlib import contextmanager, nullcontext
 from itertools import chain, count, islice, product
 from pathlib import Path
 
@@ -96,8 +97,8 @@ def main(args):
                     cells = [restore_size(cell, image, shrink=args.grid) for cell in cells]
                 result = grid_sheet(image, cells, prompt, cfg_text, cfg_image) if args.grid else cells[0]
                 words = [path.stem, prompt, *["grid"] * args.grid, *[str(seed)] * (args.num_images > 1)]
-                target = file or free_name(folder, words)
-                save(result, target, dict(image=path.name, prompt=prompt, seed=seed) | record)
+                with nullcontext(file) if file else new_file(folder, words) as target:
+                    save(result, target, dict(image=path.name, prompt=prompt, seed=seed) | record)
                 bar.write(str(target))
     return 2 if bad else 0
 
@@ -204,12 +205,24 @@ def restore_size(result, image, shrink):
     return result.resize([max(1, round(side * long / max(image.size))) for side in image.size], Image.Resampling.LANCZOS)
 
 
-def free_name(folder, words):
-    """A path like folder/fox-make-it-night.png that is not taken, with a number where that one is."""
+@contextmanager
+def new_file(folder, words):
+    """A path like folder/fox-make-it-night.png, with a number where that one is taken. It is there, and empty, from the first,
+    so that no other process takes it; and gone again if the block fails."""
     name = re.sub(r"\W+", "-", "-".join(words[1:]).lower())
     name = f"{words[0]}-{name}".encode(errors="ignore")[:180].decode(errors="ignore").strip("-") or "picture"
     names = chain([name], (f"{name}-{i}" for i in count(2)))
-    return next(path for path in (folder / f"{name}.png" for name in names) if not path.exists())
+    for path in (folder / f"{name}.png" for name in names):
+        try:
+            path.open("x").close()
+            break
+        except FileExistsError:
+            continue
+    try:
+        yield path
+    except BaseException:
+        path.unlink()
+        raise
 
 
 def save(picture, path, record):

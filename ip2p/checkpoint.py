@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from . import keys
-from .diffusers_folder import PREDICTION, read_folder, read_vae, write_folder
+from .diffusers_folder import FOLDER, PREDICTION, read_folder, read_vae, write_folder
 from .tensorfiles import read_state_dict, replacing, write_safetensors
 from .text import TextConfig, TextEncoder
 from .unet import UNet, UNetConfig
@@ -44,7 +44,6 @@ class Parts:
 @dataclass
 class Found:
     """What was read, before models are built of it; the dicts by part, "unet", "vae" and "text"."""
-    path: Path
     tensors: dict[str, keys.Tensors]          # under our names
     known: dict[str, dict]                    # fields of configurations that were told, not read from tensors
     record: dict = field(default_factory=dict)
@@ -65,14 +64,15 @@ def load_checkpoint(path, *, device=None, dtype=None, vae=None, in_channels=None
     if parameterization not in (None, *PREDICTION):
         raise ValueError(f'parameterization must be "eps" or "v", got {parameterization!r}')
     local = _locate(path)
-    found = Found(local, *read_folder(local)) if local.is_dir() else _read_file(local)
+    found = Found(*read_folder(local)) if local.is_dir() else _read_file(local)
     if vae is not None:
         found.tensors["vae"], found.known["vae"] = _read_vae(_locate(vae))
     for part in ("vae", "text"):
         if not found.tensors.get(part):
             raise ValueError(f"{local}: holds no {NAMES[part]}" + ("; name one with `vae`" if part == "vae" else ""))
     where = {"unet": local, "vae": vae or local, "text": local}
-    unet, vae, text = (_build(part, found, where[part], device, dtype or torch.float32, in_channels) for part in MODELS)
+    unet, vae, text = (_build(part, found.tensors[part], found.known[part], where[part], device, dtype or torch.float32, in_channels)
+                       for part in MODELS)
 
     is_sd2 = unet.config.context_dim == 1024
     steps = found.record.get("global_step")
@@ -105,16 +105,17 @@ def _locate(path):
         raise ValueError(f'{path}: no such file or folder, nor a Hugging Face id like "name/model"')
     try:
         import huggingface_hub
-        configs = ["model_index.json", "ip2p.json", "unet/config.json", "vae/config.json", "text_encoder/config.json",
-                   "scheduler/scheduler_config.json", "tokenizer/*.json"]
-        for variant in ("", ".fp16"):                    # half-precision copies only where there is nothing else
-            weights = [f"{stem}{ending}" for stem in
-                       ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
-                       for ending in (f"{variant}.safetensors", f"{variant}-0*.safetensors",
-                                      f".safetensors.index{variant}.json")]
-            local = Path(huggingface_hub.snapshot_download(str(path), allow_patterns=configs + weights))
-            if any((local / "unet").glob("*.safetensors")):
-                break
+        configs = ["model_index.json", "ip2p.json", "config.json", "unet/config.json", "vae/config.json",
+                   "text_encoder/config.json", "scheduler/scheduler_config.json", "tokenizer/*.json"]
+        stems = ["diffusion_pytorch_model", "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model",
+                 "text_encoder/model", "text_encoder/pytorch_model"]
+        for kind in ("safetensors", "bin"):              # pickles, and half-precision copies, only where there is nothing else
+            for variant in ("", ".fp16"):
+                weights = [f"{stem}{ending}" for stem in stems for ending in
+                           (f"{variant}.{kind}", f"{variant}-0*.{kind}", f".{kind}.index{variant}.json")]
+                local = Path(huggingface_hub.snapshot_download(str(path), allow_patterns=configs + weights))
+                if any(found for folder in (local, local / "unet") for found in folder.glob(f"diffusion_pytorch_model*.{kind}")):
+                    return local
         return local
     except Exception as error:                           # offline, not found, gated, no huggingface_hub, ...
         reason = (str(error).strip().splitlines() or [""])[0]
@@ -159,7 +160,10 @@ def _read_file(path, use_shared=True):
     if not all(isinstance(fields, dict) for fields in (*known.values(), shared)) or not set(shared) <= set(MODELS):
         raise ValueError(f"{path}: its record of configurations is malformed")
     known["text"] = {**(SD2_TEXT if text else SD1_TEXT), **known["text"]}
-    found = Found(path, {"unet": unet, "vae": vae, "text": text or keys.text_from_hf(hf)}, known, record,
+    last = [f"transformer.resblocks.{i}.ln_1.weight" in text for i in (22, 23)]
+    if last == [True, False] and "text" not in record:                   # Stable Diffusion 2's out of a diffusers folder, which
+        known["text"]["skip_last"] = 0                                   # has left out the last layer already
+    found = Found({"unet": unet, "vae": vae, "text": text or keys.text_from_hf(hf)}, known, record,
                   record.get("parameterization"), record.get("image_size"))
     for part, name in shared.items() if use_shared else ():
         sibling = path.parent / Path(str(name)).name                          # a plain name: nothing outside of the folder
@@ -181,19 +185,18 @@ def _read_vae(path):
     return keys.vae_from_diffusers(tensors), record.get("vae", {})
 
 
-def _build(part, found, path, device, dtype, in_channels):
-    """A model of the tensors found, which are used in place where device and dtype allow."""
-    tensors = dict(found.tensors[part])
+def _build(part, tensors, known, path, device, dtype, in_channels=None):
+    """A model of the tensors, which are used in place where device and dtype allow."""
     model_class, config_class = MODELS[part]
     what = NAMES[part]
     try:
-        config = keys.config_from(config_class, tensors, found.known[part])
+        config = keys.config_from(config_class, tensors, known)
         if part == "unet" and in_channels is not None and in_channels != config.in_channels:
             weight = tensors["input_blocks.0.0.weight"]
             if in_channels < config.in_channels:
                 raise ValueError(f"has {config.in_channels} input channels, which cannot be narrowed to {in_channels}")
             new = weight.new_zeros(weight.shape[0], in_channels - config.in_channels, *weight.shape[2:])
-            tensors["input_blocks.0.0.weight"] = torch.cat([weight, new], dim=1)
+            tensors = tensors | {"input_blocks.0.0.weight": torch.cat([weight, new], dim=1)}
             config = replace(config, in_channels=in_channels)
         with torch.device("meta"):                       # names and shapes only: no memory, no random numbers
             model = model_class(config)
@@ -221,8 +224,7 @@ def load_vae(path, device=None, dtype=None) -> AutoencoderKL:
     """Opens an autoencoder alone: from a file of its own, a checkpoint, or a diffusers folder. Arguments and errors as for
     `load_checkpoint`."""
     local = _locate(path)
-    tensors, known = _read_vae(local)
-    return _build("vae", Found(local, {"vae": tensors}, {"vae": known}), local, device, dtype or torch.float32, None)
+    return _build("vae", *_read_vae(local), local, device, dtype or torch.float32)
 
 
 # ---- out ----
@@ -253,6 +255,8 @@ def save_checkpoint(parts: Parts, path, layout="ldm", metadata=None, shared=None
             raise ValueError("a diffusers folder holds all of its parts: `shared` goes with layout=\"ldm\"")
         if path.exists() and not (path.is_dir() and ((path / "model_index.json").exists() or not any(path.iterdir()))):
             raise ValueError(f"{path}: exists and is not a diffusers folder; not overwritten")
+        if path.is_dir() and (others := {p.name for p in path.iterdir()} - FOLDER):
+            raise ValueError(f"{path}: holds more than a model: {_some(others)}; not overwritten")
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             write_folder(parts, temporary, record)

@@ -12,6 +12,7 @@ from .text import Tokenizer
 
 SCHEDULE = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 PREDICTION = {"eps": "epsilon", "v": "v_prediction"}
+FOLDER = {"model_index.json", "ip2p.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler"}      # what is written
 
 
 def read_folder(path: Path):
@@ -127,12 +128,14 @@ def write_folder(parts, path: Path, record: dict):
     kinds = {v.z_channels: "StableDiffusionPipeline", 2 * v.z_channels: "StableDiffusionInstructPix2PixPipeline"}
     if u.in_channels not in kinds:
         raise ValueError(f"no diffusers pipeline for {u.in_channels} input channels and latents of {v.z_channels}")
+    if u.cond_dim is not None:
+        raise ValueError("diffusers has no pipeline for a distilled editor, whose UNet is told the guidance scales")
     if u.channel_mult[0] != 1 or v.channel_mult[0] != 1:
         raise ValueError("diffusers has no models whose first level is wider than their first convolution")
     widths = [u.model_channels * m for m in u.channel_mult]
     down = ["CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in u.attention_levels]
     vae_widths = [v.channels * m for m in v.channel_mult]
-    layers = t.layers - t.skip_last
+    layers, tokenizer = t.layers - t.skip_last, Tokenizer(t)
     configs = {
         "model_index": {
             "_class_name": kinds[u.in_channels], "_diffusers_version": "0.18.0", "feature_extractor": [None, None],
@@ -146,7 +149,7 @@ def write_folder(parts, path: Path, record: dict):
             "up_block_types": [name.replace("Down", "Up") for name in reversed(down)],
             "attention_head_dim": u.num_heads if u.head_channels is None else [u.heads(c) for c in widths],
             "cross_attention_dim": u.context_dim, "transformer_layers_per_block": u.transformer_depth,
-            "use_linear_projection": u.linear_proj, "time_cond_proj_dim": u.cond_dim,
+            "use_linear_projection": u.linear_proj,
             "norm_num_groups": u.norm_groups, "norm_eps": 1e-5, "act_fn": "silu",
             "flip_sin_to_cos": True, "freq_shift": 0, "center_input_sample": False, "downsample_padding": 1},
         "vae/config": {
@@ -159,8 +162,8 @@ def write_folder(parts, path: Path, record: dict):
             "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "vocab_size": t.vocab_size,
             "hidden_size": t.width, "intermediate_size": 4 * t.width, "num_hidden_layers": layers,
             "num_attention_heads": t.heads, "max_position_embeddings": t.context_length, "layer_norm_eps": 1e-5,
-            "hidden_act": "quick_gelu" if t.quick_gelu else "gelu", "bos_token_id": t.vocab_size - 2,
-            "eos_token_id": t.vocab_size - 1, "pad_token_id": t.vocab_size - 1 if t.pad_with_end else 0,
+            "hidden_act": "quick_gelu" if t.quick_gelu else "gelu", "bos_token_id": tokenizer.start,
+            "eos_token_id": tokenizer.end, "pad_token_id": tokenizer.end if t.pad_with_end else 0,
             "projection_dim": t.projection_dim or t.width},
         "scheduler/scheduler_config": {              # the original's DDIM
             "_class_name": "DDIMScheduler", **SCHEDULE, "prediction_type": PREDICTION[parts.parameterization],
@@ -172,8 +175,8 @@ def write_folder(parts, path: Path, record: dict):
                "vae/diffusion_pytorch_model": keys.vae_to_diffusers(parts.vae.state_dict(), v),
                "text_encoder/model": keys.text_to_hf(text)}
     end = "<|endoftext|>"
-    bpe = Tokenizer(t).bpe
-    vocab = dict(zip([*list(bpe.encoder)[:-2], "<|startoftext|>", end], range(t.vocab_size)))
+    bpe = tokenizer.bpe
+    vocab = dict(zip([*list(bpe.encoder)[:-2], "<|startoftext|>", end], range(len(bpe.encoder))))
     # Id 0 is "!", but naming that as the padding, as Stable Diffusion 2 does, would turn a prompt's "!" into padding too.
     pad = end if t.pad_with_end else "<|pad|>"
     vocab.setdefault(pad, 0)

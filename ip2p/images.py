@@ -28,6 +28,8 @@ def open_image(path: str | Path) -> Image.Image:
         raise ValueError(f"{path}: no such picture") from None
     except UnidentifiedImageError:
         raise ValueError(f"{path}: not a picture that Pillow can read") from None
+    except MemoryError:
+        raise
     except Exception as error:                        # Pillow's decoders raise all kinds
         raise ValueError(f"{path}: cannot be read ({error})") from None
     try:
@@ -46,7 +48,12 @@ def check_shape(image: Image.Image):
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Upright by its EXIF tag, 8 bits a channel, transparency laid over white."""
-    if (turn := UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))) is not None:      # the rest may be damaged
+    image.load()                                                          # a TIFF turns itself here, and forgets its tag
+    try:
+        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:                                                     # a damaged EXIF says nothing; the pixels are good
+        turn = None
+    if turn is not None:
         image = image.transpose(turn)
         for name in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):             # where it is turned already
             image.info.pop(name, None)

@@ -132,8 +132,8 @@ class InstructPix2Pix:
         gives the picture back through the autoencoder, as in the original. Raises ValueError for what cannot be done.
         """
         if not self.is_editor:
-            raise ValueError(f"this model's UNet takes {self.unet.config.in_channels} channels: it makes pictures from text "
-                             f"(use generate); an editor takes {2 * self.vae.config.z_channels}")
+            raise ValueError(f"this model's UNet takes {self.unet.config.in_channels} channels, an editor's "
+                             f"{2 * self.vae.config.z_channels}; one that makes pictures from text has `generate`")
         own = self.own_settings
         steps = own["sample_steps"] if steps is None else steps
         cfg_text = own["cfg_text"] if cfg_text is None else cfg_text
@@ -263,6 +263,9 @@ class InstructPix2Pix:
         """ValueError unless this is a text-to-image model."""
         if self.is_editor:
             raise ValueError("this model edits pictures (use edit); this needs a text-to-image checkpoint")
+        if self.unet.config.in_channels != self.vae.config.z_channels:
+            raise ValueError(f"this model's UNet takes {self.unet.config.in_channels} channels and its autoencoder has "
+                             f"{self.vae.config.z_channels}; this needs a text-to-image checkpoint, which has as many of both")
         if self.is_distilled:
             raise ValueError("a distilled text-to-image model: of these, only editors are known here")
 

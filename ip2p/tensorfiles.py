@@ -30,6 +30,7 @@ STORAGES = {"torch.DoubleStorage": torch.float64, "torch.FloatStorage": torch.fl
             "torch.BFloat16Storage": torch.bfloat16, "torch.LongStorage": torch.int64, "torch.IntStorage": torch.int32,
             "torch.ShortStorage": torch.int16, "torch.CharStorage": torch.int8, "torch.ByteStorage": torch.uint8,
             "torch.BoolStorage": torch.bool}
+MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)      # in Python from 3.12 on
 LEGACY_MAGIC = 0x1950a86a20f9469cfc6c                      # the first object in a file of torch.save before 1.6
 
 
@@ -45,7 +46,7 @@ def read_state_dict(path) -> tuple[dict[str, Tensor], dict]:
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty")
     with open(path, "rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        data = _map(file)
     start = data[:64].lstrip().lower()
     if start.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path}: a Git-LFS pointer, not the file itself; fetch it with `git lfs pull`")
@@ -67,6 +68,14 @@ def read_state_dict(path) -> tuple[dict[str, Tensor], dict]:
         ours = type(error) is ValueError
         reason = " ".join((str(error) if ours else f"damaged ({type(error).__name__}: {error})").split())
         raise ValueError(f"{path}: {reason}") from error
+
+
+def _map(file):
+    """The file as memory of ours that may be written to, which never reaches the file. Linux is told to set nothing aside
+    for that, or it would refuse a file larger than its free memory."""
+    if sys.platform == "linux":
+        return mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE | MAP_NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
 def _values(data, dtype, start, count):

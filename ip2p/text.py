@@ -61,19 +61,21 @@ class TextConfig:
 
 
 class Tokenizer:
-    """CLIP's byte-pair encoding (lower-cased, 49,408 tokens), or its first `vocab_size` tokens' worth of it."""
+    """CLIP's byte-pair encoding (lower-cased, 49,408 tokens), or its first `vocab_size` tokens' worth of it. Words that a model
+    has learned beyond these (textual inversion) are not read."""
 
     def __init__(self, config: TextConfig = TextConfig()):
         self.config = config
         self.bpe = bpe = tokenizer_module().SimpleTokenizer(context_length=config.context_length)
-        num_merges = config.vocab_size - 2 * 256 - 2         # a token a byte, each also word-final, and start and end
+        size = min(config.vocab_size, len(bpe.encoder))
+        num_merges = size - 2 * 256 - 2                      # a token a byte, each also word-final, and start and end
         if num_merges != len(bpe.bpe_ranks):
             merges = list(bpe.bpe_ranks)[:num_merges]        # in order of rank
             tokens = list(bpe.encoder)[:2 * 256 + num_merges] + ["<start_of_text>", "<end_of_text>"]
             bpe.bpe_ranks = dict(zip(merges, range(num_merges)))
             bpe.encoder = {token: i for i, token in enumerate(tokens)}
             bpe.decoder = {i: token for i, token in enumerate(tokens)}
-        self.start, self.end = config.vocab_size - 2, config.vocab_size - 1
+        self.start, self.end = size - 2, size - 1
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without start and end, of any length."""

@@ -1,4 +1,5 @@
 """Checkpoints in and out: files of ours, the published layouts, and what is refused."""
+import fnmatch
 import json
 import pickle
 import shutil
@@ -12,6 +13,7 @@ from checkpoints import error_of, public, published_like, randomised, relative_e
 
 from ip2p import keys
 from ip2p.checkpoint import load_checkpoint, load_vae, read_state_dict, save_checkpoint, save_vae
+from ip2p.text import TextEncoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,6 +56,10 @@ def test_saving_replaces_the_old_and_keeps_it_on_failure(tmp_path, saved):
     (tmp_path / "mine/thesis.txt").write_text("precious")
     with pytest.raises(ValueError, match="not a diffusers folder; not overwritten"):
         save_checkpoint(parts, tmp_path / "mine", "diffusers")
+    (tmp_path / "f/.git").mkdir()
+    with pytest.raises(ValueError, match=r"holds more than a model: 1 \(.git\); not overwritten"):
+        save_checkpoint(parts, tmp_path / "f", "diffusers")
+    assert (tmp_path / "f/.git").is_dir() and load_checkpoint(tmp_path / "f").metadata["steps"] == 14
     with pytest.raises(ValueError, match="layout"):
         save_checkpoint(parts, tmp_path / "x.safetensors", "onnx")
     with pytest.raises(ValueError, match="ends in"):
@@ -70,6 +76,31 @@ def test_safetensors_reads_what_we_write_and_we_read_what_it_writes(tmp_path, sa
     st.save_file(mixed, tmp_path / "x.safetensors")
     again, record = read_state_dict(tmp_path / "x.safetensors")
     assert record == {} and all(torch.equal(again[k], mixed[k]) and again[k].dtype == mixed[k].dtype for k in mixed)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="about Linux's way of lending memory")
+def test_a_file_larger_than_memory_is_opened(tmp_path):
+    """A sparse one, of which a number at its end is read."""
+    size = 1 << 40
+    header = json.dumps({"x": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}).encode()
+    with open(tmp_path / "x.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    x = read_state_dict(tmp_path / "x.safetensors")[0]["x"]
+    assert x.shape == (size // 4,) and x[-1] == 0
+
+
+@pytest.mark.parametrize("layers, run", [(24, 23), (23, 23)], ids=["the original", "made of a diffusers folder"])
+def test_sd2_in_a_single_file_runs_the_layers_that_it_should(tmp_path, layers, run):
+    """The original runs 23 of its 24 layers; diffusers' folders have those alone, and so has a file made of one."""
+    parts = published_like("sd2")
+    parts.text = randomised(TextEncoder(replace(parts.text.config, layers=24, skip_last=1)), 7)
+    tensors = {name: t for name, t in public(parts).items() if f".resblocks.{layers}." not in name}
+    torch.save({"state_dict": tensors}, tmp_path / "x.ckpt")
+    text = load_checkpoint(tmp_path / "x.ckpt", parameterization="eps").text
+    assert text.config.layers - text.config.skip_last == run
+    ids = torch.arange(24).view(2, 12)
+    assert torch.equal(text(ids), parts.text(ids))
 
 
 def test_shared_parts_are_stored_once(tmp_path):
@@ -364,6 +395,35 @@ def test_folders_of_the_wrong_kind(tmp_path, saved):
     assert "hidden_act" in spoilt(lambda: edit("text_encoder/config.json", hidden_act="relu"))
     assert "got 'sample'" in spoilt(lambda: edit("scheduler/scheduler_config.json", prediction_type="sample"))
     assert "beta_end must be 0.012" in spoilt(lambda: edit("scheduler/scheduler_config.json", beta_end=0.02))
+
+
+def test_hub_ids_with_pickles_alone_and_of_an_autoencoder(tmp_path, saved, monkeypatch):
+    """A snapshot holds what was asked for of these folders: one with .bin files, one with a VAE at its root."""
+    hub = pytest.importorskip("huggingface_hub")
+    parts, _, folder = saved
+    shutil.copytree(folder, tmp_path / "name/pickles")
+    for file in list((tmp_path / "name/pickles").rglob("*.safetensors")):
+        name = "pytorch_model" if file.stem == "model" else file.stem
+        torch.save(read_state_dict(file)[0], file.with_name(f"{name}.bin"))
+        file.unlink()
+    shutil.copytree(folder / "vae", tmp_path / "name/vae")
+    asked = []
+
+    def snapshot(repo_id, allow_patterns):
+        asked.append(allow_patterns)
+        for file in (tmp_path / repo_id).rglob("*"):
+            relative = file.relative_to(tmp_path / repo_id)
+            if file.is_file() and any(fnmatch.fnmatch(str(relative), pattern) for pattern in allow_patterns):
+                (tmp_path / "cache" / repo_id / relative).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, tmp_path / "cache" / repo_id / relative)
+        return str(tmp_path / "cache" / repo_id)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    (tmp_path / "cache").mkdir()
+    monkeypatch.chdir(tmp_path / "cache")
+    assert same_parts(load_checkpoint("name/pickles"), parts)
+    assert same(load_vae("name/vae"), parts.vae)
+    assert not any(pattern.endswith(".bin") for pattern in asked[0])
 
 
 def test_hub_ids(tmp_path, saved, monkeypatch):

@@ -13,13 +13,32 @@ UPRIGHT = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flip
            7: lambda a: np.rot90(np.swapaxes(a, 0, 1), 2), 8: lambda a: np.rot90(a)}
 
 
+@pytest.mark.parametrize("name", ["x.png", "x.tif"])                         # Pillow itself turns the second
 @pytest.mark.parametrize("orientation", UPRIGHT)
-def test_exif_orientation(tmp_path, orientation):
+def test_exif_orientation(tmp_path, orientation, name):
     exif = Image.Exif()
     exif[0x0112] = orientation
     picture = colors(24, 16)
-    picture.save(tmp_path / "x.png", exif=exif)
-    assert np.array_equal(np.asarray(open_image(tmp_path / "x.png")), UPRIGHT[orientation](np.asarray(picture)))
+    picture.save(tmp_path / name, exif=exif)
+    with Image.open(tmp_path / name) as opened:
+        for upright in (open_image(tmp_path / name), to_rgb(opened)):
+            assert np.array_equal(np.asarray(upright), UPRIGHT[orientation](np.asarray(picture)))
+
+
+@pytest.mark.parametrize("exif", [b"garbage1", b"Exif\0\0II*\0"])
+@pytest.mark.parametrize("name", ["x.png", "x.webp"])
+def test_damaged_exif_says_nothing(tmp_path, name, exif):
+    colors(24, 16).save(tmp_path / name, exif=exif, lossless=True)
+    assert open_image(tmp_path / name).tobytes() == colors(24, 16).tobytes()
+
+
+def test_lack_of_memory_is_not_laid_on_the_picture(tmp_path, monkeypatch):
+    def lack(*_):
+        raise MemoryError
+    colors(24, 16).save(tmp_path / "x.png")
+    monkeypatch.setattr("ip2p.images.to_rgb", lack)
+    with pytest.raises(MemoryError):
+        open_image(tmp_path / "x.png")
 
 
 @pytest.mark.parametrize("tag", [0x0100, 0x011A, 0x0128, 0x0213])         # a width, resolution, its unit, and where colours lie

@@ -103,6 +103,11 @@ def test_tokens_equal_transformers(hard, tmp_path):
     assert ours([hard]).tolist() == ids
 
 
+def test_learned_words_beyond_clips_own_move_no_token():
+    from ip2p.text import TextConfig, Tokenizer
+    assert torch.equal(Tokenizer(TextConfig(vocab_size=49410))(["a fox"]), Tokenizer(TextConfig())(["a fox"]))
+
+
 @pytest.mark.parametrize("sd2", [False, True], ids=["SD1", "SD2"])
 def test_text_to_picture_equals_diffusers(sd2, tmp_path):
     unet, vae, text, scheduler = reference_pipeline(sd2, in_channels=4)

@@ -128,6 +128,15 @@ def test_every_prompt_for_every_picture_and_no_name_taken_twice(cli, tmp_path):
     assert sorted(again.out.splitlines()[1:]) == sorted(map(str, again.files))           # below the settings
 
 
+def test_a_name_is_taken_at_once_and_given_back_on_failure(tmp_path):
+    """As another process would find it, while the picture is being written."""
+    with sample.new_file(tmp_path, ["fox", "make it night"]) as first, sample.new_file(tmp_path, ["fox", "Make it night!"]) as second:
+        assert (first.name, second.name) == ("fox-make-it-night.png", "fox-make-it-night-2.png")
+    with pytest.raises(OSError), sample.new_file(tmp_path, ["fox", "make it night"]):
+        raise OSError("no space left")
+    assert sorted(tmp_path.iterdir()) == [second, first]
+
+
 def test_several_images_have_several_seeds(cli):
     many = cli("--num-images", 3, "--seed", 5, "--batch-size", 2)
     assert many.names == [f"fox-make-it-night-{seed}.png" for seed in (5, 6, 7)]
@@ -354,6 +363,8 @@ def test_bad_models(refused, tmp_path):
         line = refused("--model", path)
         assert str(path) in line and words in line
     assert "missing.pt" in refused("--vae", tmp_path / "missing.pt")
+    inpainting = write_model(tmp_path / "inpainting.safetensors", in_channels=9)
+    assert "UNet takes 9 channels and its autoencoder has 4" in refused("--model", inpainting, "--method", "sdedit")
     assert "--method sdedit needs a text-to-image model" in refused("--method", "sdedit")
 
 
