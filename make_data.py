@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from ip2p.command_line import PARAMETERIZATION, Parser, exit_status, within
 from ip2p.data import (find_pictures, keep_pictures, list_seeds, prompt_texts, read_json, read_jsonl, write_file, write_rows,
                        write_sheet)
-from ip2p.distributed import DTYPES, choose_device
+from ip2p.distributed import DTYPES, choose_device, locked
 from ip2p.images import open_image, to_images, to_pixels
 from ip2p.stages import is_miniature
 
@@ -71,21 +71,16 @@ def main(args):
 @contextmanager
 def holding(scratch):
     """A folder that is empty, this run's alone, and gone with the block. ValueError if another run holds it."""
-    import fcntl                                                             # Unix only
     scratch.mkdir(exist_ok=True)
-    lock = os.open(scratch, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise ValueError(f"{scratch.parent}: another run is at work there, on the same shard") from None
-    try:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(scratch, wait=False))
+        except BlockingIOError:
+            raise ValueError(f"{scratch.parent}: another run is at work there, on the same shard") from None
+        stack.callback(shutil.rmtree, scratch)
         for leftover in scratch.iterdir():
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         yield
-    finally:
-        shutil.rmtree(scratch)
-        os.close(lock)
 
 
 # ---- captions to edits
@@ -98,14 +93,15 @@ def write_edits(args):
                     seed=args.seed)
     path = args.out / "edits.json"
     is_written = lambda: path.exists() and settings.items() <= read_json(path).items()
+    old = read_json(path) if path.exists() else settings
+    if changed := [f"{k} was {old.get(k)}, now {v}" for k, v in settings.items() if k != "num_captions" and old.get(k) != v]:
+        raise ValueError(f"{args.out} holds edits made with other settings ({'; '.join(changed)}): give another --out")
     if args.shard[0] and not is_written():
         print(f"waiting for {path}, which shard 0/{args.shard[1]} writes", flush=True)
         while not is_written():
             time.sleep(1)
     if is_written():
         return
-    if path.exists() and (captions := read_json(path)["captions"]) != settings["captions"]:
-        raise ValueError(f"{args.out} holds edits of {captions} captions, not of {settings['captions']}: give another --out")
     captions = read_captions(args.captions) if args.captions else world_captions(World(), args.seed)
     report = generate_edits(EditWriter.load(args.gpt, args.device), captions, args.out / "edits.jsonl", seed=args.seed,
                             count=args.num_captions)
@@ -209,7 +205,14 @@ def read_settings(path):
 
 
 def filter_settings(args, limits):
-    return {"filter": dict(clip=Path(args.clip).name, max_out_samples=args.max_out_samples) | asdict(limits)}
+    return {"filter": dict(clip=name_of(args.clip), max_out_samples=args.max_out_samples) | asdict(limits)}
+
+
+def name_of(clip):
+    """What a CLIP is stored as, so that it is found again from anywhere: the shipped one by its name, files by whole paths."""
+    architecture, colon, weights = ("", "", clip) if Path(clip).exists() else clip.partition(":")
+    whole = str(Path(weights).resolve()) if Path(weights).is_file() else weights
+    return Path(whole).name if whole == MINIATURE["clip"] else architecture + colon + whole
 
 
 def is_done(folder, prompt):
@@ -272,15 +275,18 @@ def filter_pairs(args):
     """Apply thresholds to what was drawn before. It is scored first if it has no scores, or if a --clip was given."""
     from ip2p.clip_filter import SCORES, ClipSimilarity
     path = args.out / "settings.json"
-    settings, again = read_settings(path), args.clip is not None
-    if not again:                                                    # that of the scores that are there
-        args.clip = (settings.get("filter") or {}).get("clip") or (MINIATURE if settings.get("miniature") else PAPER)["clip"]
+    settings = read_settings(path)
+    told = settings.get("filter") or {}
+    again = args.clip is not None or told.get("scoring", False)      # or it was begun before, and not ended
+    if args.clip is None:                                            # that of the scores that are there
+        args.clip = told.get("clip") or (MINIATURE if settings.get("miniature") else PAPER)["clip"]
         args.clip = MINIATURE["clip"] if args.clip == Path(MINIATURE["clip"]).name else args.clip
     judge = ClipSimilarity.load(args.clip, args.device) if again else None
     limits, done, gone = choose_thresholds(args), Counter(prompts=0, samples=0, kept=0), 0
     print(f"out={args.out} clip={args.clip} max_out_samples={args.max_out_samples}", limits, flush=True)
     if settings:                                                     # a filter that was begun has to be ended
-        write_file(path, json.dumps(settings | {"filter": None}, indent=1), args.scratch)
+        begun = filter_settings(args, limits)["filter"] | dict(scoring=again)
+        write_file(path, json.dumps(settings | {"filter": begun}, indent=1), args.scratch)
 
     prompts = sorted(args.out.glob("*/prompt.json"))[args.shard[0]::args.shard[1]]
     with finishing(args, done) as seeds:
@@ -320,17 +326,16 @@ def read_samples(folder):
 @contextmanager
 def finishing(args, done):
     """However the block ends, its seconds are added to what was done, and seeds.json and the sheet are brought up to date.
-    Gives a list that then holds the seeds. Another shard may end while this one writes: so whoever writes looks again."""
-    seeds, stale, began = [], True, time.monotonic()
+    Gives a list that then holds the seeds. Of several shards one writes at a time: so the last to do so sees everything."""
+    seeds, began = [], time.monotonic()
     try:
         yield seeds
     finally:
         done["seconds"] = time.monotonic() - began
-        while stale:
+        with locked(args.out):
             seeds[:] = list_seeds(args.out)
             write_file(args.out / "seeds.json", json.dumps(seeds), args.scratch)
             write_sheet(args.out, args.scratch)
-            stale = list_seeds(args.out) != seeds
 
 
 # ---- other commands

@@ -15,6 +15,7 @@ command is repeated. --preset sets defaults that flags override:
 import argparse
 import json
 import math
+import os
 import signal
 import sys
 from contextlib import contextmanager, nullcontext
@@ -297,6 +298,8 @@ def make_pairs(args, *flags):
 
 def train_all(args, argv):
     """Every stage in turn, each from those before it, and a table of what they scored. What is finished is left alone."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("--stage all runs in one process; torchrun is for a stage at a time: base, edit, distill")
     rows = []
     for stage, name in RESULTS.items():
         path = args.out / name
@@ -350,6 +353,10 @@ def check(args):
     if parts > 1 and args.stage not in ("base", *CHANGE):
         raise ValueError(f"--stage {args.stage} learns in one process and one part; --accumulate and torchrun are for the "
                          f"diffusion models")
+    for name in ("train_text", "scale_image_latents"):
+        if args.stage == "distill" and getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')} is for --stage edit: a distilled editor has its teacher's text encoder, and "
+                             f"takes the latents that editors take")
     for stage in ("vae", "clip"):
         if args.stage == "base" and not (args.out / RESULTS[stage]).exists():
             raise ValueError(f"{args.out / RESULTS[stage]} is missing: train --stage {stage} with the same --out first")

@@ -197,7 +197,8 @@ def bench_train(args):
 def bench_start(args):
     """Seconds of whole processes, from files that are in the system's cache."""
     print(machine(args), flush=True)
-    model = str(args.model or WEIGHTS / "mini-ip2p.safetensors")
+    model = args.model or str(WEIGHTS / "mini-ip2p.safetensors")
+    model = str(Path(model).resolve()) if Path(model).exists() else model         # sample.py runs in its own folder
     sample = [sys.executable, "sample.py", "--model", model, "--image", "ip2p/assets/examples/fox.png", "--prompt",
               "make it night", "--device", args.device, "--dtype", args.dtype]
     with tempfile.TemporaryDirectory() as folder:
@@ -212,7 +213,9 @@ def bench_start(args):
         for _ in range(args.repeats + 1):
             for name, command in commands.items():
                 began = time.perf_counter()
-                subprocess.run(command, cwd=WEIGHTS.parent, check=True, capture_output=True)
+                made = subprocess.run(command, cwd=WEIGHTS.parent, capture_output=True, text=True)
+                if made.returncode:
+                    raise ValueError(f"{name}: {(made.stderr.strip().splitlines() or ['no word of why'])[-1]}")
                 times[name].append(time.perf_counter() - began)
     times = {name: statistics.median(found[1:]) for name, found in times.items()}
     with side_by_side(args.device, ip2p=(edit_by_ip2p, model, args.device, args.dtype)) as sides:

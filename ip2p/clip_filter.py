@@ -72,7 +72,8 @@ def load_named_clip(name: str, device=None) -> tuple[torch.nn.Module, object]:
         return clip.eval().requires_grad_(False), open_clip.get_tokenizer(architecture)
     except Exception as error:                   # of the network, the hub's client, or a file of other weights
         reason = " ".join(str(error).split())[:200]
-        help = f"; download its weights and give {architecture}:FILE" if weights in tags else ""
+        quick = "-quickgelu" if quick_gelu and not architecture.endswith("-quickgelu") else ""       # a file does not say
+        help = f"; download its weights and give {architecture}{quick}:FILE" if weights in tags else ""
         raise ValueError(f"{name}: cannot be loaded ({reason}){help}") from None
     finally:
         logging.disable(logging.NOTSET)

@@ -4,6 +4,7 @@ Three methods over what each trades the one for the other by: the editor over im
 Prompt-to-Prompt with DDIM inversion over the share of the steps with the source's attention. The last two are told what
 the pictures show before and after the edit, the editor only the instruction.
 """
+import math
 import statistics
 from pathlib import Path
 
@@ -96,9 +97,9 @@ def world_edits(args, size):
 
 
 def data_edits(args, size):
-    """The first pair of each of the last prompts of a data set (training holds the last tenth back), cropped square."""
+    """The first pair of each of the last prompts of a data set, of the tenth that training holds back, cropped square."""
     pairs = find_pairs(args.data)
-    pairs = [pairs[i][0] for i in range(max(0, len(pairs) - args.count), len(pairs))]
+    pairs = [pairs[i][0] for i in range(max(math.floor(0.9 * len(pairs)), len(pairs) - args.count), len(pairs))]
     texts = []
     for *_, prompt in pairs:
         if not isinstance(prompt, Path):

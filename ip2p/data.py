@@ -6,8 +6,9 @@ Three layouts are read:
 - a folder with one .jsonl file (or that file's path): a line names an input picture, an edited picture, both relative to
   the file, and an instruction, under any of the names in KEYS;
 - Parquet files as on the Hugging Face hub, one or a folder of them: the same names are columns, pictures {bytes, path}.
-  They are held in memory as encoded as they are.
+  They are held in memory as encoded as they are. Where some are named train-*, the others are left alone.
 """
+import copy
 import hashlib
 import io
 import json
@@ -24,8 +25,8 @@ from torch import Tensor
 
 from .images import contact_sheet, open_image, save_image, to_pixels
 
-KEYS = {"input picture": ("input_image", "original_image", "source_image", "input"),
-        "edited picture": ("edited_image", "output_image", "target_image", "output"),
+KEYS = {"input picture": ("input_image", "original_image", "source_image", "source_img", "input"),
+        "edited picture": ("edited_image", "output_image", "target_image", "target_img", "output"),
         "instruction": ("edit_prompt", "edit", "instruction", "prompt")}
 SPLITS = {"train": (0.0, 0.9), "val": (0.9, 0.95), "test": (0.95, 1.0)}               # as published
 
@@ -47,11 +48,21 @@ class PairedDataset(torch.utils.data.Dataset):
                              f"{max_resize_res}")
         if split != "all" and split not in SPLITS:
             raise ValueError(f"split must be all, {', '.join(SPLITS)}, got {split!r}")
-        self.pairs = find_pairs(path)
-        first, last = SPLITS.get(split, (0, 1))
-        self.prompts = range(math.floor(first * len(self.pairs)), math.floor(last * len(self.pairs)))
+        self.pairs, self.prompts = find_pairs(path), range(0)
         self.sizes, self.crop_res, self.flip_prob, self.seed = (min_resize_res, max_resize_res), crop_res, flip_prob, seed
         self.epoch = 0
+        self._choose(split)
+
+    def _choose(self, split):
+        first, last = SPLITS.get(split, (0, 1))
+        self.prompts = range(math.floor(first * len(self.pairs)), math.floor(last * len(self.pairs)))
+
+    def still(self, split):
+        """Another split of the same pairs, which are not read again, in which nothing is mirrored."""
+        other = copy.copy(self)
+        other.flip_prob = 0
+        other._choose(split)
+        return other
 
     def __len__(self):
         return len(self.prompts)
@@ -68,7 +79,7 @@ class PairedDataset(torch.utils.data.Dataset):
         rng = random.Random(f"{self.seed}/{epoch}/{index}")
         before, after, instruction = rng.choice(self.pairs[self.prompts[index]])
         if isinstance(instruction, Path):
-            instruction = prompt_texts(read_json(instruction), instruction)[1]
+            instruction, = prompt_texts(read_json(instruction), instruction, ["edit"])
         size, before, after = rng.randint(*self.sizes), open_image(before), open_image(after)
         width, height = (max(size, round(side * size / min(before.size))) for side in before.size)
         left, top = rng.randint(0, width - self.crop_res), rng.randint(0, height - self.crop_res)
@@ -114,7 +125,7 @@ def find_pairs(path):
     if (path / "seeds.json").is_file():
         pairs = PublishedFolder(path)
     elif tables := [path] if path.suffix == ".parquet" else sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")]):
-        pairs = ParquetTables(tables)
+        pairs = ParquetTables([table for table in tables if table.name.startswith("train-")] or tables)
     elif len(lists := [path] if path.suffix == ".jsonl" else sorted(path.glob("*.jsonl"))) == 1:
         pairs = [[listed_row(row, f"{lists[0]}:{n}", lists[0].parent)] for n, row in read_jsonl(lists[0])]
     else:
@@ -239,12 +250,12 @@ def read_jsonl(path, problems: list[str] | None = None) -> Iterator[tuple[int, d
         raise ValueError(f"{path}: no such file") from None
 
 
-def prompt_texts(record, where) -> tuple[str, str, str]:
-    """(caption, instruction, edited caption) of a prompt, whose caption is called "caption" or "input", as in the published
-    files. ValueError if one is missing or blank."""
+def prompt_texts(record, where, names=("caption", "edit", "output")) -> list[str]:
+    """Caption, instruction and edited caption of a prompt, or those of them that are named. The caption may be called "input", as
+    in the published files. ValueError if one is missing or blank."""
     record = record if isinstance(record, dict) else {}
-    texts = record.get("caption", record.get("input")), record.get("edit"), record.get("output")
-    for name, text in zip(("caption", "edit", "output"), texts):
+    texts = [record.get(name, record.get("input") if name == "caption" else None) for name in names]
+    for name, text in zip(names, texts):
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{where}: a prompt needs a text as {name!r}")
     return texts

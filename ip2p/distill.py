@@ -91,7 +91,7 @@ def train_distill(args, base):
 
     # Edits of the teacher's, at scales from 1 to as far above its own.
     encode_pairs, encode_text, world_pairs = encoders(args, vae, text, world)
-    held_out, same = None, dict(start=hash_weights(base.unet.out))
+    held_out, same = None, dict(start=hash_weights(base.unet.out), scales=[args.cfg_text, args.cfg_image])
     if args.data != "world":
         data, held_out = open_data(args)
         same["pairs"] = data.fingerprint(look=False)

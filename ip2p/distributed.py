@@ -2,6 +2,7 @@
 gradients are averaged before the step. Without torchrun there is one, and it shares nothing out."""
 import os
 import re
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -100,6 +101,19 @@ def any_of(flag: bool) -> bool:
     answer = torch.tensor(float(flag))
     dist.all_reduce(answer, dist.ReduceOp.MAX)
     return bool(answer)
+
+
+@contextmanager
+def locked(path, wait=True):
+    """One process at a time, whoever started it: while another is in a block of the same file or folder this one waits, or
+    raises BlockingIOError. A file is made if there is none."""
+    import fcntl                                                        # Unix only
+    lock = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(lock)
 
 
 def say(line: str):

@@ -95,7 +95,7 @@ def check(args):
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
     for name in ("json", "plot", "sheet"):
         if path := getattr(args, name, None):
-            path.parent.mkdir(parents=True, exist_ok=True)                    # or it ends here, and not after the work
+            (path if name == "sheet" else path.parent).mkdir(parents=True, exist_ok=True)      # or it ends here, not after the work
     check_device(args.device)
 
 
@@ -154,7 +154,8 @@ def parse(argv=None):
     flag("--model", default=editor, help="an editor (default: weights/mini-ip2p.safetensors)")
     flag("--base", default=base, help="a text-to-image model, for the other methods (default: weights/mini-sd.safetensors)")
     flag("--clip", default=clip, help="what judges (default: weights/mini-clip.safetensors)")
-    flag("--data", type=Path, help="a data set as make_data.py writes it, of which the last --count prompts are taken "
+    flag("--data", type=Path, help="a data set as make_data.py writes it, of which the last --count prompts are taken, "
+         "as far as training holds them back: the last tenth "
          "(default: held-out edits of the miniature world)")
     flag("--cfg-text", type=float, help="text guidance of all methods (default: each model's own, else 7.5)")
     flag("--cfg-image", type=float, nargs="+", default=[1, 1.2, 1.4, 1.6, 1.8, 2, 2.2],

@@ -6,11 +6,11 @@ for all that they depend on: so none is ever out of date, and all runs that need
 
 The examples of step s are numbers s * batch_size, ... of the data set's epochs one after the other, each in its own order.
 """
+import atexit
 import hashlib
 import json
 import os
 import signal
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Callable
@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .data import PairedDataset
+from .distributed import locked
 
 CHUNK = 16                       # examples that are encoded together: the files grow by so many
 
@@ -35,15 +36,29 @@ class _Decoded(Dataset):
         return self.decode(n)
 
 
-def _load(decode, batches, workers):
-    """Lists of decode(n), in the order of batches of numbers. Workers are forked, as `decode` may be any function, and leave
-    signals to the main process."""
+def _load(decode, collate, batches, workers):
+    """collate([decode(n), ...]) of each of the batches of numbers, in order. Workers are forked, as these may be any
+    functions, and leave signals to the main process."""
     def leave_alone(_):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    return iter(DataLoader(_Decoded(decode), batch_sampler=batches, num_workers=workers, collate_fn=list,
+    return iter(DataLoader(_Decoded(decode), batch_sampler=batches, num_workers=workers, collate_fn=collate,
                            worker_init_fn=leave_alone, multiprocessing_context="fork" if workers else None))
+
+
+def _stack(examples):
+    """Two tensors of pixels and a list of instructions; of an example that is None, there is None in the list alone. Workers
+    do this, as every tensor that they hand over is an open file."""
+    whole = [example for example in examples if example]
+    before, after = (torch.stack([example[k] for example in whole]) if whole else None for k in (0, 1))
+    return before, after, [example and example[2] for example in examples]
+
+
+def _stack_whole(found):
+    """The same of `PairedDataset.whole_example`s, and a list of their complaints."""
+    examples, complaints = zip(*found)
+    return *_stack(examples), sum(complaints, [])
 
 
 class Skipped(set):
@@ -77,6 +92,7 @@ class LivePairs:
         self.data, self.encode, self.steps, self.batch_size = data, encode, steps, batch_size
         self.parts, self.workers = parts, workers
         self.order, self.skipped, self.next = lru_cache(2)(data.order), Skipped(skipped), None
+        atexit.register(setattr, self, "loader", None)                   # its workers end before they are missed
 
     def _decode(self, n):
         epoch, position = divmod(n, len(self.data))
@@ -86,12 +102,11 @@ class LivePairs:
         """(image latents, target, list of instructions) of these rows of the step."""
         part = self.parts.index(rows)
         if self.next != (step, part):
-            self.loader = _load(self._decode, self._numbers(step, part), self.workers)
-        examples, complaints = zip(*next(self.loader))
+            self.loader = _load(self._decode, _stack_whole, self._numbers(step, part), self.workers)
+        before, after, instructions, complaints = next(self.loader)
         self.next = (step, part + 1) if rows != self.parts[-1] else (step + 1, 0)
-        self.skipped.note(sum(complaints, []))
-        before, after, instructions = zip(*examples)
-        return *self.encode(torch.stack(before), torch.stack(after)), list(instructions)
+        self.skipped.note(complaints)
+        return *self.encode(before, after), instructions
 
     def _numbers(self, first_step, first_part):
         """The examples of each part of each step, from these on."""
@@ -119,7 +134,7 @@ class CachedPairs:
         blank = torch.zeros(1, 3, data.crop_res, data.crop_res)
         self.shape = (3, *encode(blank, blank)[0].shape[1:])             # image latents; mean, log variance of the target
         self.text_shape = encode_text([""]).shape[1:] if encode_text else (0,)
-        with locked(self.folder / "lock"):
+        with locked(self.folder / "lock"):                               # who needs what another is encoding waits for it
             self._fill()
         self._open()
 
@@ -133,6 +148,10 @@ class CachedPairs:
         there = min(p.stat().st_size // size if (p := self._path(name)).exists() else 0 for name, size in sizes.items())
         done = there if there == total else there // CHUNK * CHUNK
         index = np.fromfile(self._path("index.i32"), np.int32, done) if done else np.zeros(0, np.int32)
+        healed = next((n for n in np.flatnonzero(index < 0).tolist() if not self._complaint(n)), None)
+        if healed is not None:                                           # what can be read by now is encoded, with all after it
+            done = healed // CHUNK * CHUNK
+            index = index[:done]
         lines = self._path("texts.jsonl").read_text("utf-8").splitlines() if done else []
         texts = {json.loads(line): i for i, line in enumerate(lines[:max([-1, *index]) + 1])}
         if done == total:
@@ -154,27 +173,26 @@ class CachedPairs:
         with tqdm(total=total, initial=done, desc="encoding", unit="pair", dynamic_ncols=True) as bar:
             files = [open(self._path(name), "ab") for name in names]
             try:
-                for examples in _load(decode, chunks, self.workers):
-                    for file, content in zip(files, self._encode_chunk(examples, texts)):
+                for before, after, instructions in _load(decode, _stack, chunks, self.workers):
+                    for file, content in zip(files, self._encode_chunk(before, after, instructions, texts)):
                         file.write(content)
                         file.flush()
-                    bar.update(len(examples))
+                    bar.update(len(instructions))
             finally:
                 for file in files:
                     file.close()
 
-    def _encode_chunk(self, examples, texts):
+    def _encode_chunk(self, before, after, instructions, texts):
         """What to append to each file. New texts are added to `texts`."""
-        whole = [i for i, example in enumerate(examples) if example is not None]
-        latents = np.zeros((len(examples), *self.shape), np.float16)
+        whole = [i for i, instruction in enumerate(instructions) if instruction is not None]
+        latents = np.zeros((len(instructions), *self.shape), np.float16)
         if whole:
-            before, after = (torch.stack([examples[i][k] for i in whole]) for k in (0, 1))
             image_latents, target = self.encode(before, after)
             latents[whole] = torch.cat([image_latents[:, None], target], 1).half().cpu().numpy()
-        new = [text for text in dict.fromkeys(examples[i][2] for i in whole) if text not in texts]
+        new = [text for text in dict.fromkeys(instructions[i] for i in whole) if text not in texts]
         texts.update({text: len(texts) + i for i, text in enumerate(new)})
         contexts = self.encode_text(new).half().cpu().numpy().tobytes() if new and self.encode_text else b""
-        index = np.array([-1 if example is None else texts[example[2]] for example in examples], np.int32)
+        index = np.array([-1 if text is None else texts[text] for text in instructions], np.int32)
         return latents.tobytes(), contexts, "".join(json.dumps(text) + "\n" for text in new).encode(), index.tobytes()
 
     def _open(self):
@@ -185,19 +203,20 @@ class CachedPairs:
         self.row = np.empty((self.views, N), np.int64)                   # of an example, or of the next that is whole
         for view, index in enumerate(self.index.reshape(self.views, N)):
             whole = np.flatnonzero(index >= 0)
-            for broken in np.flatnonzero(index < 0).tolist():
-                self._complain(view, broken)
+            complaints = [self._complaint(view * N + broken) for broken in np.flatnonzero(index < 0).tolist()]
+            self.skipped.note(list(filter(None, complaints)))
             if not len(whole):
                 raise ValueError(f"no pair can be read; the first: {min(self.skipped)}")
             self.row[view] = view * N + whole[np.searchsorted(whole, np.arange(N)) % len(whole)]
         if self.encode_text:
             self.contexts = np.memmap(self._path("contexts.f16"), np.float16, "r", shape=(len(self.texts), *self.text_shape))
 
-    def _complain(self, view, index):
+    def _complaint(self, n):
+        """Why an example cannot be read; None if it can."""
         try:
-            self.data.example(view, index)
+            self.data.example(*divmod(n, len(self.data)))
         except ValueError as error:
-            self.skipped.note([str(error)])
+            return str(error)
 
     def batch(self, step: int, rows: slice):
         """(image latents, target, instructions or features of them) of these rows of the step, on the CPU."""
@@ -216,12 +235,3 @@ def hash_weights(module: torch.nn.Module) -> str:
         found.update(name.encode())
         found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return found.hexdigest()
-
-
-@contextmanager
-def locked(path):
-    """One process at a time: a run that needs what another is encoding waits for it."""
-    import fcntl                                     # Unix only
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

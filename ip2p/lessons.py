@@ -38,14 +38,14 @@ def encoders(args, vae, text, world):
 def open_data(args):
     """The training pairs of a data set, and those held out for sheets and scores: the validation split's."""
     largest = args.max_resize or args.size
-    settings = dict(min_resize_res=args.size, max_resize_res=largest, crop_res=args.size, seed=args.seed)
-    data, held_out = PairedDataset(args.data, **settings), PairedDataset(args.data, "val", **settings | dict(flip_prob=0))
+    data = PairedDataset(args.data, min_resize_res=args.size, max_resize_res=largest, crop_res=args.size, seed=args.seed)
+    held_out = data.still("val")
     if not len(data):
         raise ValueError(f"{args.data}: a tenth of the prompts is held back, and of {len(data.pairs)} that leaves none")
     try:
         held_out.whole_example(0, 0)
     except ValueError:
-        held_out = PairedDataset(args.data, **settings | dict(flip_prob=0))
+        held_out = data.still("train")
         distributed.say(f"{args.data} has no validation pairs that can be read: sheets and scores are of training pairs")
     return data, held_out
 

@@ -45,10 +45,12 @@ def is_miniature(record: dict) -> bool:
 
 
 def commit() -> str:
-    """The commit of the code at hand, or "" outside a repository."""
+    """The commit of the code at hand, or "" outside a repository, or without git."""
     command = ["git", "rev-parse", "--short", "HEAD"]
-    answer = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return answer.stdout.strip()
+    try:
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 class Pool:

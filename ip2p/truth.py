@@ -210,7 +210,6 @@ def edit_pixels(model, settings, before, after, edits, seeds):
 
 def write_sheets(folder, name, verdicts, world):
     """Two sheets, a row for each kind: the first edits, and the worst: not right, and furthest from the true picture."""
-    folder.mkdir(parents=True, exist_ok=True)
     for which, rank in (("first", lambda v: 0), ("worst", lambda v: (v.right, v.distance["psnr"]))):
         cells = []
         for kind in KINDS:

@@ -9,6 +9,7 @@ device: backdrop crop, contact shadow, lit sprite, foam at a waterline, weather,
 """
 import json
 import random
+import sys
 import zlib
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,7 +19,8 @@ import torch
 import torch.nn.functional as F
 
 from . import world_words as words
-from .command_line import Parser
+from .command_line import Parser, exit_status
+from .distributed import check_device
 from .images import contact_sheet, save_image, to_images
 from .world_art import FILTERS, recolor, smooth, tiles
 
@@ -390,6 +392,7 @@ def is_held_out(noun, place, color):
 # Contact sheets
 
 def main(args):
+    check_device(args.device)
     world, out = World(args.device, args.subset), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     pixels, captions = world.pictures(args.seed, 0, 96)
@@ -405,9 +408,10 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = Parser(description="Contact sheets of the miniature world.")
+    parser = Parser(prog="python -m ip2p.world", description="Contact sheets of the miniature world.")
     parser.add_argument("out", help="folder to write to")
     parser.add_argument("--seed", type=int, default=0, help="which scenes (default 0)")
     parser.add_argument("--subset", choices=("core", "all"), default="core", help="nouns and places to use (default core)")
     parser.add_argument("--device", default="cpu", help="where to render (default cpu)")
-    main(parser.parse_args())
+    args = parser.parse_args()
+    sys.exit(exit_status("ip2p.world", lambda: main(args), "--device cpu"))

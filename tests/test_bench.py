@@ -96,6 +96,14 @@ def test_what_cannot_work_is_one_line(flags, complaint, folders, capfd):
     assert said.startswith(f"ip2p.bench: {complaint}") and said.count("\n") == 1
 
 
+def test_a_start_that_fails_says_what_sample_py_said(tmp_path, monkeypatch, capfd):
+    (tmp_path / "page.safetensors").write_text("<!doctype html>")
+    monkeypatch.chdir(tmp_path)                                 # a path from here, though sample.py runs elsewhere
+    assert bench.main(["start", "--device", "cpu", "--model", "page.safetensors", "--repeats", "1"]) == 2
+    said = capfd.readouterr().err
+    assert f"{tmp_path}/page.safetensors: a web page saved" in said and said.count("\n") == 1
+
+
 def allocating():
     def run(megabytes):
         return len(np.ones(megabytes << 17))                   # 8 bytes each

@@ -71,6 +71,12 @@ def test_an_epoch_has_one_random_pair_of_each_prompt(published):
     assert sorted(data.order(0)) == list(range(20)) and data.order(0) != data.order(1) and data.order(1) == data.order(1)
 
 
+def test_an_instruction_is_all_that_training_needs_of_a_prompt(tmp_path):
+    write_published(tmp_path, 3)
+    (tmp_path / "0000001/prompt.json").write_text(json.dumps(dict(edit="only this")))
+    assert PairedDataset(tmp_path, "all", **SMALL)[1][2] == "only this"
+
+
 def test_split_is_the_published_one(published):
     """First 90% of the prompts, then 5%, then 5%."""
     found = {split: [text for _, _, text in PairedDataset(published, split, **SMALL)] for split in ("train", "val", "test")}
@@ -78,7 +84,7 @@ def test_split_is_the_published_one(published):
 
 
 @pytest.mark.parametrize("keys", [
-    ("input_image", "edited_image", "edit_prompt"), ("original_image", "edited_image", "edit_prompt"),
+    ("input_image", "edited_image", "edit_prompt"), ("source_img", "target_img", "instruction"), ("original_image", "edited_image", "edit_prompt"),
     ("input", "output", "edit"), ("input_image_file_name", "edited_image_file_name", "instruction")])
 @pytest.mark.parametrize("name", ["metadata.jsonl", "pairs.jsonl"])
 def test_folder_with_a_list(tmp_path, keys, name):
@@ -112,6 +118,8 @@ def test_parquet_with_the_hubs_columns(tmp_path, first):
         assert [(blue(a), blue(b), text) for a, b, text in data] == [
             (20 * n + 10 * i, 100 + 20 * n + 10 * i, f"edit {n}{i}") for n in range(2) for i in range(2)]
     assert len(PairedDataset(tmp_path / "data" / "train-1.parquet", "all", **SMALL)) == 2
+    shutil.copy(tmp_path / "data" / "train-1.parquet", tmp_path / "data" / "test-0.parquet")
+    assert len(PairedDataset(tmp_path, "all", **SMALL)) == 4             # not trained on
     assert check_dataset(tmp_path) == []
     data.pairs.rows[1] = (*data.pairs.rows[1][:1], b"\x89PNG torn", *data.pairs.rows[1][2:])
     with pytest.raises(ValueError, match=r"train-0.parquet, row 1, input: "):

@@ -361,8 +361,9 @@ def test_curve_of_a_data_set_takes_its_last_prompts(files, tmp_path, capsys):
             Image.new("RGB", (160, 128), color if k else "white").save(folder / f"7_{k}.jpg")
         prompt = dict(caption="a wall", edit=f"make it {color}", output=f"a {color} wall")
         (folder / "prompt.json").write_text(json.dumps(prompt))
-    (tmp_path / "data" / "seeds.json").write_text(json.dumps([[f"{i:07}", ["7"]] for i in range(3)]))
-    assert curve(files, "--count", 2, "--data", tmp_path / "data", "--json", tmp_path / "rows.jsonl") == 0
+    seeds = [[f"{max(i - 17, 0):07}", ["7"]] for i in range(20)]                 # of which training holds back two
+    (tmp_path / "data" / "seeds.json").write_text(json.dumps(seeds))
+    assert curve(files, "--count", 3, "--data", tmp_path / "data", "--json", tmp_path / "rows.jsonl") == 0
     row, judge = rows_of(tmp_path / "rows.jsonl")[0], ClipSimilarity.load(files / "clip.safetensors")
     flat = lambda color: to_pixels(Image.new("RGB", (128, 128), color), 128, 128)[None]
     scores = [judge(flat("white"), flat(c), ["a wall"], [f"a {c} wall"])[0] for c in colors[1:]]
@@ -372,6 +373,13 @@ def test_curve_of_a_data_set_takes_its_last_prompts(files, tmp_path, capsys):
     listed.write_text(json.dumps(dict(input_image="a.png", edited_image="b.png", edit_prompt="make it red")))
     assert curve(files, "--count", 2, "--data", listed) == 2
     assert "without captions" in capsys.readouterr().err
+
+
+def test_sheets_of_pairs_go_into_a_folder_that_is_made(tmp_path):
+    """With the shipped base and CLIP, as random ones have no thresholds."""
+    sheets = tmp_path / "new" / "sheets"
+    assert run("pairs", "--count", 2, "--steps", 2, "--shares", 0.5, "--controls", "self-attention", "--sheet", sheets) == 0
+    assert [p.name for p in sheets.iterdir()] == ["self-attention-0.5.png"]
 
 
 # ---- what users get wrong

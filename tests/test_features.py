@@ -1,6 +1,9 @@
 """The cache of a data set's latents and features: what it holds, when it is made anew, and that no end of a run harms it."""
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,6 +161,44 @@ def test_a_cache_goes_on_after_any_end(pairs, tmp_path, monkeypatch, writes):
     assert encode.seen - 1 == (42 if writes < 4 else 26 if writes < 8 else 10)           # whole chunks, of 16, are left
     for name in ("latents.f16", "contexts.f16", "texts.jsonl", "index.i32"):
         assert (again / name).read_bytes() == (whole / name).read_bytes() and os.path.getsize(again / name)
+
+
+def test_what_could_not_be_read_for_a_moment_is_encoded_by_the_next_run(pairs, tmp_path):
+    """As a network's disk fails: nothing has changed that a cache is named for."""
+    whole, example = open_cache(pairs, tmp_path / "whole"), PairedDataset.example
+
+    def failing(self, epoch, index):
+        if (epoch, index) in ((0, 18), (1, 3)):
+            raise ValueError("input/output error")
+        return example(self, epoch, index)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PairedDataset, "example", failing)
+        assert open_cache(pairs, tmp_path / "cache").skipped == {"input/output error"}
+    again = open_cache(pairs, tmp_path / "cache")
+    assert encode.seen - 1 == 26 and not again.skipped                             # from the second chunk on
+    assert (again.folder / "latents.f16").read_bytes() == (whole.folder / "latents.f16").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["live", "cached"])
+def test_workers_need_few_open_files(pairs, tmp_path, kind):
+    """64 of 128 pictures; half of a step's batch in a worker alone was more than this allows."""
+    code = f"""
+import resource, sys
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]}
+import test_features as t
+from ip2p.features import CachedPairs, LivePairs
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+t.encode.seen, data = 0, t.open_data({str(pairs)!r})
+if {kind == "live"}:
+    live = LivePairs(data, t.encode, steps=40, batch_size=128, parts=[slice(0, 128)], workers=1)
+    print(len(live.batch(0, slice(0, 128))[2]), flush=True)
+else:
+    print(len(CachedPairs(data, {str(tmp_path / "cache")!r}, 8, t.encode, t.encode_text, batch_size=4, weights=[], told={{}}, workers=4).index))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout == ("128\n" if kind == "live" else "168\n")
+    assert "Traceback" not in done.stderr                                          # nor when it stops with batches to come
 
 
 def test_a_data_set_that_cannot_be_read_at_all(tmp_path):

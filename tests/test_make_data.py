@@ -251,9 +251,46 @@ def test_filter_only_goes_by_what_judged_the_pairs_or_drew_them(tmp_path, capsys
 
 def test_filter_only_with_a_clip_that_is_not_here_changes_nothing(tmp_path, capsys, whole):
     out = shutil.copytree(whole, tmp_path / "out")
-    for flags in ([], ["--clip", "RN5O:openai"], ["--clip", "nowhere.safetensors"]):
+    for flags in (["--clip", "RN5O:openai"], ["--clip", "nowhere.safetensors"]):
         assert make_data.run(["--filter-only", "--out", str(out), *flags]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1 and tree(out) == tree(whole)
+
+
+def test_a_clip_is_stored_so_that_it_is_found_again(tmp_path, monkeypatch):
+    """The shipped one by its name; a file of the same name elsewhere, or behind an architecture, by its whole path."""
+    for name in ("mini-clip.safetensors", "clip.pt"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    names = {make_data.MINIATURE["clip"]: "mini-clip.safetensors", "mini-clip.safetensors": f"{tmp_path}/mini-clip.safetensors",
+             "ViT-L-14-quickgelu:clip.pt": f"ViT-L-14-quickgelu:{tmp_path}/clip.pt", "ViT-L-14:openai": "ViT-L-14:openai"}
+    assert {clip: make_data.name_of(clip) for clip in names} == names
+
+
+def test_a_filter_that_was_stopped_goes_on_with_its_clip(models, tmp_path, capsys, monkeypatch, whole):
+    """With another CLIP, and stopped before the third of five prompts: repeated without a word of the CLIP, it ends as if it
+    had not been stopped."""
+    from ip2p.clip_filter import load_clip, save_clip
+    (clip, record), outs = load_clip(models / "clip.safetensors"), [tmp_path / "once", tmp_path / "twice"]
+    for p in clip.parameters():
+        p.mul_(1.1)
+    save_clip(clip, record["clip"], tmp_path / "other.safetensors", {})
+    score, left = make_data.score, [2]
+
+    def stopping(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        score(*args)
+
+    for out in outs:
+        shutil.copytree(whole, out)
+    begin = ["--filter-only", *LOOSE, "--batch-size", "99", "--clip", str(tmp_path / "other.safetensors")]
+    assert make_data.run([*begin, "--out", str(outs[0])]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(make_data, "score", stopping)
+        assert make_data.run([*begin, "--out", str(outs[1])]) == 130
+    assert make_data.run(["--out", str(outs[1]), *LOOSE, "--batch-size", "99", "--filter-only"]) == 0
+    assert tree(outs[0]) == tree(outs[1]) != tree(whole)
 
 
 def test_filter_only_of_odd_sets(models, tmp_path, capsys):
@@ -307,7 +344,7 @@ def test_looser_thresholds_say_what_was_not_stored(cli, tmp_path, monkeypatch):
 
 # ---- edits
 
-def test_edits_are_written_from_captions_then_drawn(cli, models, tmp_path, monkeypatch):
+def test_edits_are_written_from_captions_then_drawn(cli, models, tmp_path, monkeypatch, capsys):
     """The language model is stood in for; what it writes and how it resumes is tested with it."""
     from ip2p import edits
     asked = []
@@ -336,6 +373,10 @@ def test_edits_are_written_from_captions_then_drawn(cli, models, tmp_path, monke
     then = tree(tmp_path / "out")
     assert "0000002/prompt.json" in then and all(then[k] == first[k] for k in first if k.startswith("000000"))
     assert make_data.run(["--check", str(tmp_path / "out")]) == 0
+    for shard in ("0/2", "1/2"):                                           # the second does not wait for what will not come
+        assert make_data.run([*argv, "--captions", "the world's", "--seed", "1", "--shard", shard]) == 2
+        assert "holds edits made with other settings (captions was" in capsys.readouterr().err
+    assert tree(tmp_path / "out") == then
 
 
 # ---- kills, shards, memory

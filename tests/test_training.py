@@ -21,7 +21,7 @@ from torch import nn
 from ip2p.muon import Muon, orthogonalize
 from ip2p.run_folder import list_checkpoints
 from ip2p.scorer import load_scorer
-from ip2p.stages import Pool, diffusion_loss, draw_timesteps, is_settling
+from ip2p.stages import Pool, commit, diffusion_loss, draw_timesteps, is_settling
 from ip2p.training import EMA, fit, lr_scale, seeded
 
 ROOT = Path(__file__).parent.parent
@@ -406,6 +406,8 @@ def test_two_processes_share_out_the_scenes_and_the_steps(trained, tmp_path):
     ("--init weights/mini-sd.safetensors", "to fine-tune a text-to-image model into one, give it as --base"),
     ("--init a --base b", "--base is widened into an editor, --init is an editor already: give one of the two"),
     ("--data /nowhere", "/nowhere: not a data set"),
+    ("--stage distill --data world --train-text", "--train-text is for --stage edit"),
+    ("--stage distill --data world --scale-image-latents", "--scale-image-latents is for --stage edit"),
 ])
 def test_bad_settings_get_one_line(flags, complaint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
@@ -415,6 +417,18 @@ def test_bad_settings_get_one_line(flags, complaint, tmp_path, monkeypatch, caps
         code = stopped.code
     said = capsys.readouterr().err
     assert code == 2 and complaint in said and said.count("\n") == 1
+
+
+def test_all_stages_are_for_one_process(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train.run_command(["--stage", "all", "--out", str(tmp_path / "runs")]) == 2
+    assert "--stage all runs in one process" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+def test_without_git_there_is_no_commit(monkeypatch):
+    assert commit()                                                   # here there is one
+    monkeypatch.setenv("PATH", "")
+    assert commit() == ""
 
 
 def test_help_explains_every_flag():

@@ -1,13 +1,19 @@
 """The miniature world: the same examples always, held-out parts never in training, and edits that change what they say."""
+import os
 import random
 import re
+import subprocess
+import sys
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from ip2p import world_words as words
 from ip2p.world import CONDITIONS, KINDS, SIZE, SPLITS, World, is_held_out
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +180,14 @@ def test_captions_of_an_edit_share_their_wording(world):
         other = {thing.color for thing in edit.source.things} & {thing.color for thing in edit.target.things} - {""}
         if not other & {old, new}:
             assert shorten(edit.caption, old).lower() == shorten(edit.edited_caption, new).lower()
+
+
+@pytest.mark.parametrize("flags, words", [(["FILE"], "File exists"), (["FOLDER", "--device", "abacus"], "--device abacus cannot be used")])
+def test_the_command_that_cannot_work_is_one_line(tmp_path, flags, words):
+    (tmp_path / "FILE").touch()
+    done = subprocess.run([sys.executable, "-m", "ip2p.world", *flags], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_unknown_names_are_refused(world):
