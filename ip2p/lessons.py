@@ -11,7 +11,7 @@ from .truth import FIXED, is_fixed, psnr, through
 from .world import KINDS
 
 # How many of 24 lessons are of each kind: drawing things anew is harder to learn than changing the light.
-SHARES = dict(object=5, time=1, weather=1, season=1, place=3, color=2, add=4, remove=2, size=3, style=2)
+SHARES = dict(object=5, time=1, weather=1, season=1, place=3, color=2, add=3, remove=2, size=4, style=2)
 LESSONS = tuple(kind for kind, share in SHARES.items() for _ in range(share))
 
 
