@@ -268,7 +268,7 @@ def parse(argv=None):
     flag("--device", help="such as cpu, cuda or cuda:1 (default: cuda if there is one, else cpu)")
     flag("--dtype", choices=("fp32", "fp16", "bf16"), help="of weights and arithmetic (default: bf16 on cuda, else fp32)")
     flag("--low-memory", action="store_true", help="the model's parts on the device in turn, the autoencoder in strips, guidance "
-         "one branch after another: less memory, more time, the same picture (default: off)")
+         "one branch after another: less memory, more time, the same picture up to rounding (default: off)")
     flag("--method", choices=METHODS, default="ip2p", help="how to edit: by InstructPix2Pix in one pass; or with a text-to-image "
          "model, by SDEdit, by Prompt-to-Prompt after DDIM inversion, or after null-text inversion (default: %(default)s)")
     flag("--source-prompt", help="p2p, null-text: what the picture shows; prompts then say what it shall show (no default)")

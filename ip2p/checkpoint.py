@@ -71,7 +71,7 @@ def load_checkpoint(path, *, device=None, dtype=None, vae=None, in_channels=None
         if not found.tensors.get(part):
             raise ValueError(f"{local}: holds no {NAMES[part]}" + ("; name one with `vae`" if part == "vae" else ""))
     where = {"unet": local, "vae": vae or local, "text": local}
-    unet, vae, text = (_build(part, found.tensors[part], found.known[part], where[part], device, dtype or torch.float32, in_channels)
+    unet, vae, text = (_build(part, found.tensors[part], found.known[part], where[part], device, dtype, in_channels)
                        for part in MODELS)
 
     is_sd2 = unet.config.context_dim == 1024
@@ -114,7 +114,7 @@ def _locate(path):
                 weights = [f"{stem}{ending}" for stem in stems for ending in
                            (f"{variant}.{kind}", f"{variant}-0*.{kind}", f".{kind}.index{variant}.json")]
                 local = Path(huggingface_hub.snapshot_download(str(path), allow_patterns=configs + weights))
-                if any(found for folder in (local, local / "unet") for found in folder.glob(f"diffusion_pytorch_model*.{kind}")):
+                if any(list(folder.glob(f"diffusion_pytorch_model*.{kind}")) for folder in (local, local / "unet")):
                     return local
         return local
     except Exception as error:                           # offline, not found, gated, no huggingface_hub, ...
@@ -215,6 +215,7 @@ def _build(part, tensors, known, path, device, dtype, in_channels=None):
         problems.append(f"misshapen keys: {_some(wrong)}")
     if problems:
         raise ValueError(f"{path}: its {what} has {'; '.join(problems)}")
+    dtype = dtype or torch.float32
     model.load_state_dict({name: tensors[name].to(device=device, dtype=dtype) for name in wanted}, assign=True)
     assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()]), "a tensor outside of the state_dict"
     return model.eval().requires_grad_(False)
@@ -224,7 +225,7 @@ def load_vae(path, device=None, dtype=None) -> AutoencoderKL:
     """Opens an autoencoder alone: from a file of its own, a checkpoint, or a diffusers folder. Arguments and errors as for
     `load_checkpoint`."""
     local = _locate(path)
-    return _build("vae", *_read_vae(local), local, device, dtype or torch.float32)
+    return _build("vae", *_read_vae(local), local, device, dtype)
 
 
 # ---- out ----

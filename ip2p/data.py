@@ -48,20 +48,19 @@ class PairedDataset(torch.utils.data.Dataset):
                              f"{max_resize_res}")
         if split != "all" and split not in SPLITS:
             raise ValueError(f"split must be all, {', '.join(SPLITS)}, got {split!r}")
-        self.pairs, self.prompts = find_pairs(path), range(0)
+        self.pairs = find_pairs(path)
+        self.prompts = self._prompts(split)
         self.sizes, self.crop_res, self.flip_prob, self.seed = (min_resize_res, max_resize_res), crop_res, flip_prob, seed
         self.epoch = 0
-        self._choose(split)
 
-    def _choose(self, split):
+    def _prompts(self, split):
         first, last = SPLITS.get(split, (0, 1))
-        self.prompts = range(math.floor(first * len(self.pairs)), math.floor(last * len(self.pairs)))
+        return range(math.floor(first * len(self.pairs)), math.floor(last * len(self.pairs)))
 
-    def still(self, split):
-        """Another split of the same pairs, which are not read again, in which nothing is mirrored."""
+    def split(self, name: str, flip_prob: float) -> "PairedDataset":
+        """Another split of the same pairs, which are not read again."""
         other = copy.copy(self)
-        other.flip_prob = 0
-        other._choose(split)
+        other.prompts, other.flip_prob = self._prompts(name), flip_prob
         return other
 
     def __len__(self):

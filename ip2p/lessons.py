@@ -39,13 +39,13 @@ def open_data(args):
     """The training pairs of a data set, and those held out for sheets and scores: the validation split's."""
     largest = args.max_resize or args.size
     data = PairedDataset(args.data, min_resize_res=args.size, max_resize_res=largest, crop_res=args.size, seed=args.seed)
-    held_out = data.still("val")
+    held_out = data.split("val", flip_prob=0)
     if not len(data):
         raise ValueError(f"{args.data}: a tenth of the prompts is held back, and of {len(data.pairs)} that leaves none")
     try:
         held_out.whole_example(0, 0)
     except ValueError:
-        held_out = data.still("train")
+        held_out = data.split("train", flip_prob=0)
         distributed.say(f"{args.data} has no validation pairs that can be read: sheets and scores are of training pairs")
     return data, held_out
 
