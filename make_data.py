@@ -52,14 +52,15 @@ def main(args):
     args.scratch = args.out / ".shard-{}-of-{}.tmp".format(*args.shard)      # all that is not whole is in here
     with holding(args.scratch):
         if args.filter_only:
-            done, seeds = filter_pairs(args)
+            done = filter_pairs(args)
         else:
             if not (args.prompts_file or args.pairs_only):
                 write_edits(args)
             if args.edits_only:
                 return 0
-            done, seeds = draw_pairs(args)
+            done = draw_pairs(args)
 
+    seeds = read_json(args.out / "seeds.json")
     print("{prompts} prompts, {samples} pairs in {seconds:.0f} s, {rate:.2f} pairs/s; {kept} kept ({share:.0%})".format(
         **done, rate=done["samples"] / done["seconds"], share=done["kept"] / max(1, done["samples"])))
     print(f"{args.out} holds {sum(len(found) for _, found in seeds)} pairs of {len(seeds)} prompts; see its sheet.png")
@@ -129,7 +130,7 @@ def draw_pairs(args):
 
     done = Counter(prompts=0, samples=0, kept=0)
     bar = tqdm(total=len(prompts) * args.n_samples, unit="pair", dynamic_ncols=True)
-    with finishing(args, done) as seeds, bar:
+    with finishing(args, done), bar:
         for name, prompt in prompts:
             folder = args.scratch / name
             (folder / "rest").mkdir(parents=True)
@@ -142,7 +143,7 @@ def draw_pairs(args):
             os.replace(folder, args.out / name)                      # now it is whole
             done.update(prompts=1, samples=len(rows), kept=len(kept))
             bar.set_postfix(kept=done["kept"])
-    return done, seeds
+    return done
 
 
 def read_prompts(args):
@@ -277,23 +278,23 @@ def filter_pairs(args):
     path = args.out / "settings.json"
     settings = read_settings(path)
     told = settings.get("filter") or {}
-    again = args.clip is not None or told.get("scoring", False)      # or it was begun before, and not ended
+    rescore = args.clip is not None or told.get("scoring", False)      # or it was begun before, and not ended
     if args.clip is None:                                            # that of the scores that are there
         args.clip = told.get("clip") or (MINIATURE if settings.get("miniature") else PAPER)["clip"]
         args.clip = MINIATURE["clip"] if args.clip == Path(MINIATURE["clip"]).name else args.clip
-    judge = ClipSimilarity.load(args.clip, args.device) if again else None
+    judge = ClipSimilarity.load(args.clip, args.device) if rescore else None
     limits, done, gone = choose_thresholds(args), Counter(prompts=0, samples=0, kept=0), 0
     print(f"out={args.out} clip={args.clip} max_out_samples={args.max_out_samples}", limits, flush=True)
     if settings:                                                     # a filter that was begun has to be ended
-        begun = filter_settings(args, limits)["filter"] | dict(scoring=again)
+        begun = filter_settings(args, limits)["filter"] | dict(scoring=rescore)
         write_file(path, json.dumps(settings | {"filter": begun}, indent=1), args.scratch)
 
     prompts = sorted(args.out.glob("*/prompt.json"))[args.shard[0]::args.shard[1]]
-    with finishing(args, done) as seeds:
+    with finishing(args, done):
         for file in tqdm(prompts, unit="prompt", dynamic_ncols=True):
             folder, (caption, _, edited) = file.parent, prompt_texts(read_json(file), file)
             rows = read_samples(folder)
-            new = [row for row in rows if (again or not row.keys() >= set(SCORES)) and find_pictures(folder, row)]
+            new = [row for row in rows if (rescore or not row.keys() >= set(SCORES)) and find_pictures(folder, row)]
             for start in range(0, len(new), args.batch_size):
                 judge = judge or ClipSimilarity.load(args.clip, args.device)
                 score(judge, folder, new[start:start + args.batch_size], caption, edited)
@@ -305,7 +306,7 @@ def filter_pairs(args):
         write_file(path, json.dumps(settings | filter_settings(args, limits), indent=1), args.scratch)
     if gone:
         print(f"{gone} more would pass, but their pictures were not stored; --keep-all does that when pairs are drawn")
-    return done, seeds
+    return done
 
 
 def read_samples(folder):
@@ -326,15 +327,14 @@ def read_samples(folder):
 @contextmanager
 def finishing(args, done):
     """However the block ends, its seconds are added to what was done, and seeds.json and the sheet are brought up to date.
-    Gives a list that then holds the seeds. Of several shards one writes at a time: so the last to do so sees everything."""
-    seeds, began = [], time.monotonic()
+    Of several shards one writes at a time: so the last to do so sees everything."""
+    began = time.monotonic()
     try:
-        yield seeds
+        yield
     finally:
         done["seconds"] = time.monotonic() - began
         with locked(args.out):
-            seeds[:] = list_seeds(args.out)
-            write_file(args.out / "seeds.json", json.dumps(seeds), args.scratch)
+            write_file(args.out / "seeds.json", json.dumps(list_seeds(args.out)), args.scratch)
             write_sheet(args.out, args.scratch)
 
 

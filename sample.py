@@ -65,14 +65,14 @@ def main(args):
     if args.method == "ip2p":
         edit = model.edit
         settings |= dict(negative_prompt=args.negative_prompt, sampler=args.sampler, eta=0.0 if args.sampler == "ddim" else 1.0)
-        kept = settings | dict(cfg_image=cfg_image if args.grid else cfg_image[0])
+        record = settings | dict(cfg_image=cfg_image if args.grid else cfg_image[0])
     else:
         edit = TextEditor(model, args).edit
         names = ["strength"] if args.method == "sdedit" else ["source_prompt", "cross_steps", "self_steps", "blend"]
-        kept = settings | {name: getattr(args, name) for name in names}
-    record = kept | dict(method=args.method, cfg_text=cfg_text if args.grid else cfg_text[0],
-                         model=Path(args.model).name if Path(args.model).exists() else args.model,
-                         vae=args.vae and Path(args.vae).name, parameterization=args.parameterization, dtype=args.dtype)
+        record = settings | {name: getattr(args, name) for name in names}
+    record |= dict(method=args.method, cfg_text=cfg_text if args.grid else cfg_text[0],
+                   model=Path(args.model).name if Path(args.model).exists() else args.model,
+                   vae=args.vae and Path(args.vae).name, parameterization=args.parameterization, dtype=args.dtype)
     print(" ".join(f"{k}={v!r}" for k, v in record.items()), f"seed={args.seed} device={args.device}", flush=True)
     note_prompts(model.tokenizer, args)
     if args.compile:
@@ -83,14 +83,14 @@ def main(args):
     jobs = ((*picture, prompt) for picture in chain(first, pictures) for prompt in args.prompt)
     scales = list(product(cfg_image, cfg_text))
     total = len(paths) * len(args.prompt) * args.num_images * len(scales)
-    one_run = total <= args.batch_size and len(scales) == 1                # shows its steps; several count pictures
-    with tqdm(total=total, unit="picture", disable=one_run) as bar:
-        for batch, seeds in runs(jobs, args):
+    one_call = total <= args.batch_size and len(scales) == 1               # shows its steps; several count pictures
+    with tqdm(total=total, unit="picture", disable=one_call) as bar:
+        for batch, seeds in calls(jobs, args):
             _, images, prompts = zip(*batch)
             results = []                                                   # by scale, then by job and seed
             for image_scale, text_scale in scales:
                 results.append(edit(images, prompts, cfg_text=text_scale, cfg_image=image_scale, seed=seeds[0],
-                                    num_images=len(seeds), progress=one_run, **settings))
+                                    num_images=len(seeds), progress=one_call, **settings))
                 bar.update(len(results[-1]))
             for ((path, image, prompt), seed), cells in zip(product(batch, seeds), zip(*results)):
                 if not args.keep_model_size:
@@ -190,7 +190,7 @@ def note_prompts(tokenizer, args):
         print("note: an empty prompt gives the picture back, as it comes out of the autoencoder", file=sys.stderr)
 
 
-def runs(jobs, args):
+def calls(jobs, args):
     """(jobs, seeds) of every call of the model, each for at most --batch-size results: the jobs times the seeds."""
     most = min(args.num_images, args.batch_size)
     while batch := list(islice(jobs, args.batch_size // most)):

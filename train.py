@@ -90,11 +90,12 @@ ABOUT_PRESETS = """\
 
 def train_edit(args, base):
     """The base, a text-to-image model widened by image latents, learns from pairs of pictures; conditionings are dropped at
-    random."""
+    random (InstructPix2Pix, arXiv:2211.09800, Sec. 3.2)."""
     unet, vae, text = base.unet.requires_grad_(True), base.vae, base.text.requires_grad_(args.train_text)
     model = nn.ModuleDict(dict(unet=unet, text=text) if args.train_text else dict(unet=unet))
     model.to(args.device, memory_format=args.layout)
-    vae.to(args.device, memory_format=args.layout), text.to(args.device)
+    vae.to(args.device, memory_format=args.layout)
+    text.to(args.device)
     unet.recompute_blocks(args.checkpointing)
     predict = torch.compile(unet) if args.compile else unet
     world = World(args.device, args.subset)
@@ -102,12 +103,12 @@ def train_edit(args, base):
 
     # Pairs of latents with instructions, or with their features.
     encode_pairs, encode_text, world_pairs = encoders(args, vae, text, world)
-    same = dict(start=hash_weights(unet.out))                             # else it is another run
+    fixed = dict(start=hash_weights(unet.out))                            # what must be as it was for a run to go on
     if args.data == "world":
         pairs, held_out = Pool(world_pairs, args), None
     else:
         data, held_out = open_data(args)
-        same["pairs"] = data.fingerprint(look=False)
+        fixed["pairs"] = data.fingerprint(look=False)
         pairs = open_pairs(args, data, encode_pairs, encode_text, [vae, text])
     with torch.no_grad():
         null_context = encode_text([""])
@@ -118,18 +119,19 @@ def train_edit(args, base):
         with nullcontext() if args.train_text else torch.no_grad():
             return encode_text(["" if d else instruction for instruction, d in zip(texts, drop)])
 
-    # The loss of some rows of a step. Whatever is drawn is drawn for all of them, however they are shared out.
+    # The loss of some rows of a step (Eq. 1). Whatever is drawn is drawn for the whole step, however its rows are shared out.
     def loss_fn(step, rows, batch=None, dropout=args.dropout, timesteps=args.timesteps):
-        image_latents, target, texts = batch or pairs.batch(step, rows)
-        count, rows = (len(target), slice(None)) if batch else (args.batch_size, rows)
+        image_latents, edited, texts = batch or pairs.batch(step, rows)      # edited: (B, 2, z, h, w), mean and log variance
+        count = len(edited) if batch else args.batch_size
+        shape = (count, *edited.shape[2:])
         rng = seeded(args.seed, step)
         drop_text, drop_image = dropout_masks(count, dropout, rng)
-        t, shape = draw_timesteps(timesteps, count, rng, is_settling(step, args)), (count, *target.shape[2:])
+        t = draw_timesteps(timesteps, count, rng, is_settling(step, args))
         noise = torch.randn(shape, generator=rng)
         spread = torch.randn(shape, generator=rng) if args.target == "sample" else torch.zeros(count, 1, 1, 1)
-        drawn = t, noise, spread, drop_image & args.image_dropout
-        t, noise, spread, drop_image = (to_device(x[rows], args.device) for x in drawn)
-        mean, logvar = to_device(target, args.device).unbind(1)
+        t, noise, spread, drop_image = (to_device(x[rows], args.device)
+                                        for x in (t, noise, spread, drop_image & args.image_dropout))
+        mean, logvar = to_device(edited, args.device).unbind(1)
         x0 = (mean + (0.5 * logvar).exp() * spread) * vae.config.scale_factor
         image_latents = image_scale * to_device(image_latents, args.device).masked_fill(drop_image[:, None, None, None], 0)
         with args.autocast():
@@ -140,8 +142,8 @@ def train_edit(args, base):
     editor = InstructPix2Pix(replace(base, metadata={}))
     resting = "cpu" if args.offload and isinstance(pairs, CachedPairs) else args.device
 
-    def put_idle(device):
-        """What does not learn, where it is needed or where it waits."""
+    def move_frozen(device):
+        """What does not learn goes where it is needed, or where it waits."""
         for part in [vae] if args.train_text else [vae, text]:
             part.to(device)
 
@@ -152,29 +154,32 @@ def train_edit(args, base):
         weight = unet.input_blocks[0][0].weight.data
         own = weight.clone()
         weight[:, z:] *= image_scale
-        put_idle(args.device)
+        move_frozen(args.device)
         yield
         weight.copy_(own)
-        put_idle(resting)
+        move_frozen(resting)
 
     def sheet(path):
         with sampling():
             save_sheet(path, editor, world, held_out, args, count=6, per_kind=3)
 
-    put_idle(resting)
-    record = run(args, model, loss_fn, sheet, **same)
+    move_frozen(resting)
+    record = run(args, model, loss_fn, sheet, **fixed)
     if distributed.rank():
         return None
 
     # Score, save.
-    put_idle(args.device)
+    move_frozen(args.device)
     if held_out:
         batches = data_batches(held_out, encode_pairs, min(args.score_examples, len(held_out)), size=16)
     else:
         batches = [world_pairs(0, args.score_examples, "combinations")]
+    total = count = 0
     with torch.no_grad():
-        losses = [len(b[2]) * loss_fn(i, None, b, dropout=0, timesteps="uniform")[0].item() for i, b in enumerate(batches)]
-    record["held_out_loss"] = round(sum(losses) / min(args.score_examples, len(held_out or range(args.score_examples))), 4)
+        for i, batch in enumerate(batches):
+            loss, _ = loss_fn(i, slice(None), batch, dropout=0, timesteps="uniform")
+            total, count = total + len(batch[2]) * loss.item(), count + len(batch[2])
+    record["held_out_loss"] = round(total / count, 4)
     record |= dict(cfg_text=args.cfg_text, cfg_image=args.cfg_image, base=history(base.metadata))
     if hasattr(pairs, "skipped") and (skipped := pairs.skipped.count()):
         record["skipped"] = skipped
@@ -194,8 +199,8 @@ def train_edit(args, base):
 
 # ---- what the command does
 
-LEARN = {"vae": train_vae, "clip": train_clip, "base": train_base, "scorer": train_scorer, "edits": train_edits}   # from nothing
-CHANGE = {"edit": train_edit, "distill": train_distill}                                                       # from a model
+FROM_NOTHING = {"vae": train_vae, "clip": train_clip, "base": train_base, "scorer": train_scorer, "edits": train_edits}
+FROM_A_MODEL = {"edit": train_edit, "distill": train_distill}
 RESULTS = {"vae": "vae.safetensors", "clip": "mini-clip.safetensors", "base": "mini-sd.safetensors",
            "scorer": "mini-scorer.safetensors", "edits": "mini-gpt.safetensors", "edit": "mini-ip2p.safetensors",
            "distill": "mini-ip2p-fast.safetensors"}
@@ -205,7 +210,7 @@ def main(args):
     """One stage. Returns its record; None in processes other than the first."""
     args.device = distributed.own_device(args.device)
     distributed.check_device(args.device)
-    base = open_base(args) if args.stage in CHANGE else None
+    base = open_base(args) if args.stage in FROM_A_MODEL else None
     args.data = args.data if base else "world"
     for name, value in defaults(args).items():
         if getattr(args, name, None) is None:
@@ -221,7 +226,7 @@ def main(args):
         torch.set_float32_matmul_precision("high")          # TF32: with PyTorch 1.11, that of the original, it was so by default
     args.autocast = lambda: torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.dtype == "bf16")
     torch.manual_seed(args.seed)                  # initial weights
-    record = CHANGE[args.stage](args, base) if base else LEARN[args.stage](args, World(args.device, args.subset))
+    record = FROM_A_MODEL[args.stage](args, base) if base else FROM_NOTHING[args.stage](args, World(args.device, args.subset))
     if record:
         print(json.dumps(record), flush=True)
     return record
@@ -306,7 +311,7 @@ def train_all(args, argv):
         record = read_state_dict(path)[1] if path.exists() else {}
         if not record.get("finished"):
             own = parse([*argv, "--stage", stage])
-            if stage in CHANGE and own.data is None:
+            if stage in FROM_A_MODEL and own.data is None:
                 own.data = str(draw_own_pairs(args) if stage == "edit" else args.out / "data")
             record = main(own)
             if not record["finished"]:
@@ -329,8 +334,8 @@ def draw_own_pairs(args):
 
 def check(args):
     """ValueError for settings that cannot work."""
-    minimum = dict(steps=1, batch_size=1 if args.stage in CHANGE else 2, accumulate=1, pretrain_steps=0, block=args.batch_size,
-                   reuse=1, score_examples=1, views=int(args.stage == "distill"), keep=1, workers=0, num_captions=1)
+    minimum = dict(steps=1, batch_size=1 if args.stage in FROM_A_MODEL else 2, accumulate=1, pretrain_steps=0,
+                   block=args.batch_size, reuse=1, score_examples=1, views=int(args.stage == "distill"), keep=1, workers=0, num_captions=1)
     for name, least in minimum.items():
         value = getattr(args, name)
         if value is not None and value < least:
@@ -350,13 +355,13 @@ def check(args):
     if args.batch_size % parts:
         raise ValueError(f"--batch-size {args.batch_size} cannot be shared out between {parts} parts (--accumulate x "
                          f"processes)")
-    if parts > 1 and args.stage not in ("base", *CHANGE):
+    if parts > 1 and args.stage not in ("base", *FROM_A_MODEL):
         raise ValueError(f"--stage {args.stage} learns in one process and one part; --accumulate and torchrun are for the "
                          f"diffusion models")
     for name in ("train_text", "scale_image_latents"):
         if args.stage == "distill" and getattr(args, name):
-            raise ValueError(f"--{name.replace('_', '-')} is for --stage edit: a distilled editor has its teacher's text encoder, and "
-                             f"takes the latents that editors take")
+            raise ValueError(f"--{name.replace('_', '-')} is for --stage edit: a distilled editor has its teacher's text "
+                             f"encoder, and takes the latents that editors take")
     for stage in ("vae", "clip"):
         if args.stage == "base" and not (args.out / RESULTS[stage]).exists():
             raise ValueError(f"{args.out / RESULTS[stage]} is missing: train --stage {stage} with the same --out first")
@@ -380,7 +385,7 @@ def run_command(argv=None):
 def parse(argv=None):
     parser = Parser(prog="train.py", description=__doc__.format(presets=ABOUT_PRESETS))
     flag, switch = parser.add_argument, argparse.BooleanOptionalAction
-    stages, own = [*LEARN, *CHANGE, "all"], "(default: the stage's or the preset's own)"
+    stages, own = [*FROM_NOTHING, *FROM_A_MODEL, "all"], "(default: the stage's or the preset's own)"
     flag("--stage", choices=stages, default="edit", help="what to train (default: %(default)s)")
     flag("--out", type=Path, default=Path("runs"), help="folder of the runs (default: %(default)s)")
     flag("--seed", type=int, default=0, help="of initial weights, noise and examples (default: %(default)s)")

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(C / heads)) v, head by head.
 
-    q: (B, Q, C); k, v: (B, K, C). causal: no token sees those behind it. Returns (B, Q, C).
-    Uses the fused kernels, which keep logits in float32: Stable Diffusion 2.1 overflows float16 logits otherwise. Nor are
-    the logits ever all in memory: on a CPU, and on CUDA by PyTorch's source, a kernel takes every head of this project, the
-    autoencoder's 512 wide too, if a token's numbers lie side by side (a transposed feature map's do not). But on a
-    CPU their backward in bfloat16 takes several times as long as that of plain products (0.47 of 1.67 s of a training step
-    of the miniature), so training there does without. Devices other than these two take the queries chunk by chunk,
-    but for texts (`causal`), which are short.
+    q: (B, Q, C); k, v: (B, K, C). causal: no token sees later ones. Returns (B, Q, C).
+    PyTorch's fused kernels do it without holding all logits in memory, and keep them in float32 (Stable Diffusion 2.1's
+    overflow float16). On a CPU, and on CUDA by PyTorch's source, they take every head of this project, the autoencoder's 512
+    wide too, if each token's numbers lie side by side, as a transposed feature map's do not. There are two exceptions:
+    training on a CPU in bfloat16 takes plain products, as the kernels' backward is several times slower there (0.47 of
+    1.67 s of a step of the miniature); other devices may write the logits out, so they take the queries in chunks, but for
+    texts (`causal`), which are short.
     """
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))     # (B, heads, tokens, C / heads)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
@@ -35,8 +35,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) ->
 
 
 def attend_in_chunks(q: Tensor, k: Tensor, v: Tensor, most: int = 2 ** 26) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v of (B, heads, tokens, d), for devices that may write the logits out: so many queries at a
-    time that there are no more than `most` of them, or those of one query."""
+    """softmax(q k^T / sqrt(d)) v of (B, heads, tokens, d), for devices that may write the logits out: at most `most` logits at
+    a time, but at least those of one query."""
     chunk = max(1, most // (k.shape[0] * k.shape[1] * k.shape[2]))
     return torch.cat([F.scaled_dot_product_attention(some, k, v) for some in q.split(chunk, dim=2)], dim=2)
 
@@ -59,9 +59,12 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, context: Tensor | dict | None = None, control: Callable | None = None) -> Tensor:
         """x: (B, N, query_dim); context: (B, M, context_dim), or the keys and values of it by layer (`UNet.read_text`).
         Returns (B, N, query_dim)."""
-        is_cross, q = context is not None, self.to_q(x)
+        is_cross = context is not None
+        q = self.to_q(x)
         k, v = context[self] if isinstance(context, dict) else self.keys_and_values(context if is_cross else x)
-        return self.to_out(attend(q, k, v, self.heads) if control is None else control(q, k, v, self.heads, is_cross))
+        if control is not None:
+            return self.to_out(control(q, k, v, self.heads, is_cross))
+        return self.to_out(attend(q, k, v, self.heads))
 
 
 class GEGLU(nn.Module):
@@ -79,6 +82,7 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, dim, mult=4):
         super().__init__()
+        # nn.Identity: where the original has dropout, of 0, so that the next layer has its public number
         self.net = nn.Sequential(GEGLU(dim, dim * mult), nn.Identity(), nn.Linear(dim * mult, dim))
 
     def forward(self, x):
@@ -101,6 +105,11 @@ class BasicTransformerBlock(nn.Module):
         return x + self.ff(self.norm3(x))
 
 
+def project(layer: nn.Linear | nn.Conv2d, tokens: Tensor) -> Tensor:
+    """A linear layer of tokens (B, N, C), or a 1x1 convolution, which is one."""
+    return F.linear(tokens, layer.weight.flatten(1), layer.bias)
+
+
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the pixels of a feature map.
 
@@ -110,7 +119,10 @@ class SpatialTransformer(nn.Module):
     def __init__(self, channels, context_dim, heads, depth=1, linear_proj=False, groups=32):
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)     # not the 1e-5 of the UNet's other norms
-        projection = (lambda: nn.Linear(channels, channels)) if linear_proj else (lambda: nn.Conv2d(channels, channels, 1))
+
+        def projection():
+            return nn.Linear(channels, channels) if linear_proj else nn.Conv2d(channels, channels, 1)
+
         self.proj_in = projection()
         self.transformer_blocks = nn.ModuleList(BasicTransformerBlock(channels, context_dim, heads) for _ in range(depth))
         self.proj_out = projection()
@@ -118,9 +130,7 @@ class SpatialTransformer(nn.Module):
     def forward(self, x: Tensor, context: Tensor, control: Callable | None = None) -> Tensor:
         """x: (B, C, H, W); context: (B, M, context_dim). Returns (B, C, H, W)."""
         H, W = x.shape[2:]
-        h = self.norm(x).flatten(2).mT                            # (B, H*W, C)
-        h = F.linear(h, self.proj_in.weight.flatten(1), self.proj_in.bias)      # a 1x1 convolution is a linear layer
+        h = project(self.proj_in, self.norm(x).flatten(2).mT)     # (B, H*W, C)
         for block in self.transformer_blocks:
             h = block(h, context, control)
-        h = F.linear(h, self.proj_out.weight.flatten(1), self.proj_out.bias)
-        return x + h.mT.unflatten(2, (H, W))
+        return x + project(self.proj_out, h).mT.unflatten(2, (H, W))

@@ -16,12 +16,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .checkpoint import Parts, load_checkpoint
+from .clip_filter import import_open_clip
 from .distributed import DTYPES
 from .guidance import dropout_masks
 from .pipeline import InstructPix2Pix
 from .prompt_to_prompt import AttentionControl, ControlledRun, control_pairs
-from .stages import diffusion_loss, draw_timesteps, encode, to_device
-from .text import TextEncoder, import_open_clip
+from .stages import diffusion_loss, draw_timesteps, latent_moments, to_device
+from .text import TextEncoder
 from .training import EMA, make_optimizers, seeded
 from .unet import UNet, UNetConfig
 from .vae import AutoencoderKL
@@ -260,7 +261,7 @@ def train_by_ip2p(folder, args, cached):
 
     def encode_pairs():
         with autocast(args):
-            latents = encode(vae, torch.cat([before, after]))
+            latents = latent_moments(vae, torch.cat([before, after]))
         return latents[:B, 0], latents[B:]
 
     if cached:

@@ -6,6 +6,7 @@ pictures. The published thresholds are for OpenAI's ViT-L/14; `calibrate` finds 
 """
 import json
 import logging
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -14,13 +15,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .tensorfiles import read_state_dict, replacing, write_safetensors
-from .text import TextConfig, Tokenizer, import_open_clip
+from .text import TextConfig, Tokenizer
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)     # OpenAI's, of pixels in [0, 1]
 SCORES = ("clip_sim_0", "clip_sim_1", "clip_sim_dir", "clip_sim_image")                   # as metadata.jsonl has them
 
 
 # ---- models
+
+def import_open_clip():
+    """open_clip, imported where CLIP itself is needed: it takes longer than torch.
+
+    Of torchvision it needs only Python code, but a torchvision built for another torch (a CUDA wheel beside a CPU torch)
+    fails on import for want of its compiled operators. Declaring those two is enough to go on without them.
+    """
+    try:
+        import open_clip
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        library = torch.library.Library("torchvision", "DEF")
+        import_open_clip.keep = library                      # its declarations last as long as it does
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import open_clip
+    return open_clip
+
 
 def normalize_pixels(pixels: Tensor, mean=MEAN, std=STD) -> Tensor:
     """Pixels in [-1, 1], (B, 3, H, W), to what CLIP's image tower expects."""

@@ -29,7 +29,8 @@ def within(kind: Callable, least: float, most: float) -> Callable:
 
 
 def exit_status(name: str, command: Callable, short_of_memory: str, stopped: str = "", status_if_stopped: int = 130) -> int:
-    """Of a command: what command() returns, 0 if that is None; or 2, with one line on stderr, for whatever its user can put right.
+    """Runs a command. Returns its exit status: what command() returns, 0 if that is None; or 2, with one line on stderr, for
+    whatever its user can put right.
 
     name: what the line begins with. short_of_memory: what to try then. stopped: what to do after Ctrl-C, "" if nothing;
     status_if_stopped: the status then.

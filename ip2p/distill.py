@@ -69,9 +69,9 @@ def landing_loss(student: UNet, parameterization: str, alphas_cumprod: Tensor, s
     a_t, a_s = (alphas_cumprod[i][:, None, None, None] for i in (t, s))
     x_t, x_s = states[rows, first], states[rows, last]
     condition = guidance_condition(cfg_text, cfg_image, TEACHER_STEPS / (last - first))
-    v = student(torch.cat([x_t, image_latents], 1), t, context, condition=condition).float()
+    v = out = student(torch.cat([x_t, image_latents], 1), t, context, condition=condition).float()
     if parameterization == "eps":
-        v = (v - (1 - a_t).sqrt() * x_t) / a_t.sqrt()
+        v = (out - (1 - a_t).sqrt() * x_t) / a_t.sqrt()                   # the v that goes with this eps
     return F.mse_loss(v, landing_velocity(x_t, x_s, a_t, a_s))
 
 
@@ -89,12 +89,12 @@ def train_distill(args, base):
         weight.requires_grad_(not name.startswith(tuple(args.freeze)))
     predict = torch.compile(student) if args.compile else student
 
-    # Edits of the teacher's, at scales from 1 to as far above its own.
+    # The teacher's edits, at scales drawn evenly from 1 to 2 s - 1, where s is its own.
     encode_pairs, encode_text, world_pairs = encoders(args, vae, text, world)
-    held_out, same = None, dict(start=hash_weights(base.unet.out), scales=[args.cfg_text, args.cfg_image])
+    held_out, fixed = None, dict(start=hash_weights(base.unet.out), scales=[args.cfg_text, args.cfg_image])
     if args.data != "world":
         data, held_out = open_data(args)
-        same["pairs"] = data.fingerprint(look=False)
+        fixed["pairs"] = data.fingerprint(look=False)
         pairs = open_pairs(args, data, encode_pairs, encode_text, [vae, text])
     with torch.no_grad():
         null_context = encode_text([""])
@@ -102,7 +102,7 @@ def train_distill(args, base):
     @torch.no_grad()
     def draw(start, count):
         if held_out:
-            rows = pairs.batch(0, slice(start, start + count))               # of a cache, whose first step is any number of them
+            rows = pairs.batch(0, slice(start, start + count))               # row n of a cache's step 0 is its example n
             image_latents, _, context = (to_device(x, args.device) for x in rows)
         else:
             image_latents, _, instructions = world_pairs(start, count)
@@ -111,7 +111,7 @@ def train_distill(args, base):
         noise = torch.randn(image_latents.shape, generator=rng)
         scales = [1 + 2 * (own - 1) * torch.rand(count, generator=rng) for own in (args.cfg_text, args.cfg_image)]
         noise, *scales = (to_device(x, args.device) for x in (noise, *scales))
-        states = draw_trajectories(teacher, image_latents, context, null_context.expand(count, -1, -1), *scales, noise)
+        states = draw_trajectories(teacher, image_latents, context, null_context, *scales, noise)
         return image_latents, context, *scales, states
 
     pool, halvings = Pool(draw, args), TEACHER_STEPS.bit_length()
@@ -132,7 +132,7 @@ def train_distill(args, base):
     def sheet(path, count=6, per_kind=3):
         save_sheet(path, editor, world, held_out, args, count, per_kind)
 
-    record = run(args, student, loss_fn, sheet, **same)
+    record = run(args, student, loss_fn, sheet, **fixed)
     if distributed.rank():
         return None
     sheet(args.out / args.stage / "sheet-final.png", count=24, per_kind=min(6, args.score_examples))

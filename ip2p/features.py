@@ -48,8 +48,8 @@ def _load(decode, collate, batches, workers):
 
 
 def _stack(examples):
-    """Two tensors of pixels and a list of instructions; of an example that is None, there is None in the list alone. Workers
-    do this, as every tensor that they hand over is an open file."""
+    """Two tensors of pixels and a list of instructions. An example that is None leaves None in the list and nothing in the
+    tensors. Workers do this, as every tensor that they hand over is an open file."""
     whole = [example for example in examples if example]
     before, after = (torch.stack([example[k] for example in whole]) if whole else None for k in (0, 1))
     return before, after, [example and example[2] for example in examples]
@@ -83,7 +83,9 @@ class Skipped(set):
 
 
 class LivePairs:
-    """encode(before, after): pixels (B, 3, H, W) to image latents (B, z, h, w) and a target (B, 2, z, h, w).
+    """Pairs that are decoded and encoded when a step asks for them.
+
+    encode(before, after): pixels (B, 3, H, W) to image latents (B, z, h, w) and a target (B, 2, z, h, w).
     parts: the rows of a step that are asked for, in this order; workers: processes that decode ahead, 0 for none; skipped:
     a file for what cannot be read."""
 
@@ -229,7 +231,7 @@ class CachedPairs:
 
 
 def hash_weights(module: torch.nn.Module) -> str:
-    """Of its configuration, names and numbers, whatever the device."""
+    """A hash of a module's configuration, names and weights, the same on every device."""
     found = hashlib.sha256(repr(getattr(module, "config", None)).encode())
     for name, tensor in module.state_dict().items():
         found.update(name.encode())

@@ -16,7 +16,7 @@ def instruct_denoiser(predict: Callable, context: Tensor, null_context: Tensor, 
     eps = e(0, 0) + s_I (e(I, 0) - e(0, 0)) + s_T (e(I, T) - e(I, 0)).
 
     predict: (x, t, context) -> eps, with x of (N, 2 z, h, w) and t of (1,).
-    context, null_context: (B, M, D), the instruction and what stands for its absence ("" or a negative prompt).
+    context: (B, M, D), the instruction; null_context: (B or 1, M, D), what stands for its absence ("" or a negative prompt).
     image_latents: (B, z, h, w), unscaled in InstructPix2Pix. cfg_text, cfg_image: s_T and s_I, any finite numbers, or one
     of each for every picture, (B,).
     read_text: turns the contexts of all branches, once, into what `predict` takes in their place.
@@ -24,11 +24,12 @@ def instruct_denoiser(predict: Callable, context: Tensor, null_context: Tensor, 
     is zero it is left out: s_I = 1 drops "nothing" (two evaluations), s_T = s_I drops "image" (two), and s_T = s_I = 1
     leaves one.
     """
-    branches = [(cfg_text, context, image_latents),                         # (weight, text, image)
+    null_context = null_context.expand_as(context)
+    branches = [(cfg_text, context, image_latents),                         # Eq. 3, its terms collected: (weight, text, image)
                 (cfg_image - cfg_text, null_context, image_latents),
                 (1 - cfg_image, null_context, torch.zeros_like(image_latents))]
     if one_by_one:
-        denoisers = [_weighted_denoiser(predict, [branch], read_text) for branch in branches if _counts(branch)]
+        denoisers = [_weighted_denoiser(predict, [branch], read_text) for branch in branches if _has_weight(branch)]
         return lambda x_t, t: sum(denoise(x_t, t) for denoise in denoisers)
     return _weighted_denoiser(predict, branches, read_text)
 
@@ -45,18 +46,18 @@ def text_denoiser(predict: Callable, context: Tensor, null_context: Tensor, cfg_
     """denoise(x_t, t) -> eps with classifier-free guidance for text alone (Ho & Salimans 2022, arXiv:2207.12598):
     eps = e(0) + s (e(T) - e(0)). One evaluation where s is 1 or 0, else [text, nothing] in one batch. cfg_text: s, or one
     for each picture, (B,). Shapes as in `instruct_denoiser`."""
+    null_context = null_context.expand_as(context)
     return _weighted_denoiser(predict, [(cfg_text, context, None), (1 - cfg_text, null_context, None)], read_text)
 
 
-def _counts(branch):
-    """Whether a branch, (weight, text, image), has any weight."""
+def _has_weight(branch):
+    """Whether a branch, (weight, text, image), takes part: its weight is a number other than 0, or a tensor of any numbers."""
     return torch.is_tensor(branch[0]) or branch[0] != 0
 
 
 def _weighted_denoiser(predict, branches, read_text):
-    """The sum of weight x prediction over branches whose weight is not zero. The weights add up to 1, so it is the guided eps:
-    the formulas above with their terms collected. It holds for v as well, which is an affine function of eps."""
-    weights, texts, images = zip(*filter(_counts, branches))
+    """denoise(x_t, t): the sum of weight x prediction over those branches whose weight is not zero, all in one batch."""
+    weights, texts, images = zip(*filter(_has_weight, branches))
     weights = [w[:, None, None, None] if torch.is_tensor(w) else w for w in weights]
     n, join_image = len(weights), images[0] is not None
     context = torch.cat(texts) if read_text is None else read_text(torch.cat(texts))
@@ -72,7 +73,7 @@ def _weighted_denoiser(predict, branches, read_text):
     return denoise
 
 
-def dropout_masks(batch_size: int, prob: float = 0.05, generator: torch.Generator | None = None):
+def dropout_masks(batch_size: int, prob: float, generator: torch.Generator):
     """Which examples lose their conditioning in training: `prob` of them the text alone, `prob` both, `prob` the
     image alone, by one uniform draw r each, as published: text if r < 2 prob, image if prob <= r < 3 prob.
 
@@ -81,6 +82,5 @@ def dropout_masks(batch_size: int, prob: float = 0.05, generator: torch.Generato
     """
     if not 0 <= prob <= 1 / 3:
         raise ValueError(f"the dropout probability must be in [0, 1/3], got {prob}")
-    device = generator.device if generator is not None else "cpu"
-    r = torch.rand(batch_size, generator=generator, device=device)
+    r = torch.rand(batch_size, generator=generator, device=generator.device)
     return r < 2 * prob, (prob <= r) & (r < 3 * prob)

@@ -71,8 +71,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def model_size(width: int, height: int, size: int, multiple: int) -> tuple[int, int]:
     """The (width, height) at which a model sees a picture: the long side is `size`, the short side follows, both rounded
     to the nearest multiple of `multiple` and never zero. Integer arithmetic throughout."""
-    long = max(1, (size + multiple // 2) // multiple) * multiple
-    short = max(1, (2 * min(width, height) * long + max(width, height) * multiple) // (2 * max(width, height) * multiple)) * multiple
+    def nearest(numerator, denominator):
+        """The multiple nearest to a fraction, at least one."""
+        return max(1, (2 * numerator + denominator * multiple) // (2 * denominator * multiple)) * multiple
+
+    long = nearest(size, 1)
+    short = nearest(min(width, height) * long, max(width, height))
     return (long, short) if width >= height else (short, long)
 
 

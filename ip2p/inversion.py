@@ -17,6 +17,7 @@ from .images import model_size, to_images, to_pixels, to_rgb
 from .pipeline import InstructPix2Pix
 from .prompt_to_prompt import AttentionControl
 from .samplers import ddim_invert, ddim_step, ddim_steps
+from .schedule import add_noise
 
 
 @torch.no_grad()
@@ -38,10 +39,10 @@ def sdedit(model: InstructPix2Pix, image: Image.Image, prompt: str, *, strength=
     z = encode_picture(model, image, size)
     first = steps - int(steps * strength)
     if first < steps:
-        _, a_t, _ = ddim_steps(steps, model.alphas_cumprod)[first]
+        t, _, _ = ddim_steps(steps, model.alphas_cumprod)[first]
         noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).to(z.device)
         z = model.text_to_latents([prompt], model.encode_text([""]), cfg_text, z.shape, steps=steps, seeds=[seed],
-                                  x_T=a_t.sqrt() * z + (1 - a_t).sqrt() * noise, first=first, progress=progress)
+                                  x_T=add_noise(z, noise, t[None], model.alphas_cumprod), first=first, progress=progress)
     return to_images(model.decode(z))[0]
 
 
@@ -111,7 +112,7 @@ class InvertedPicture:
         """The picture as it is drawn again, then one for each prompt. control: of [source_prompt, *prompts]."""
         texts, x_T = [self.source_prompt, *prompts], self.latents[-1]
         R = len(texts)
-        z = self.model.text_to_latents(texts, [null.expand(R, -1, -1) for null in self.nulls], self.cfg_text,
+        z = self.model.text_to_latents(texts, self.nulls, self.cfg_text,
                                        (R, *x_T.shape[1:]), steps=self.steps, seeds=[0] * R, x_T=x_T.expand(R, -1, -1, -1),
                                        control=control, progress=progress)
         return to_images(self.model.decode(z))

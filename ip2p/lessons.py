@@ -5,7 +5,7 @@ from . import distributed
 from .data import PairedDataset
 from .features import CachedPairs, LivePairs
 from .images import contact_sheet, save_image, to_images, to_pixels
-from .stages import encode, to_device
+from .stages import latent_moments, to_device
 from .text import Tokenizer
 from .truth import FIXED, is_fixed, psnr, through
 from .world import KINDS
@@ -22,7 +22,7 @@ def encoders(args, vae, text, world):
 
     def encode_pairs(before, after):
         with args.autocast():
-            latents = encode(vae, to_device(torch.cat([before, after]), args.device))
+            latents = latent_moments(vae, to_device(torch.cat([before, after]), args.device))
         return latents[:len(before), 0], latents[len(before):]
 
     def encode_text(texts):
@@ -75,7 +75,8 @@ def data_batches(data, encode_pairs, count, size):
 
 
 def save_sheet(path, editor, world, held_out, args, count, per_kind):
-    """Edits of held-out pictures: `count` of a data set's, or `per_kind` of each kind where that is None."""
+    """Edits of held-out pictures: `count` of the data set `held_out`, or `per_kind` of each kind of the toy world's where that
+    is None."""
     cells = data_cells(editor, held_out, count, args) if held_out else world_cells(editor, world, per_kind, args)
     save_image(contact_sheet(cells, columns=9 if held_out else 2 * per_kind), path)
 

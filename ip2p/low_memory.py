@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .vae import AutoencoderKL, DiagonalGaussian
+from .vae import AutoencoderKL, DiagonalGaussian, ResnetBlock
 
 ROWS = 32          # of a strip
 BESIDE = 2         # rows above and below that a strip is given: more than a 3 x 3 convolution sees, and even, for Downsample
@@ -21,7 +21,7 @@ BESIDE = 2         # rows above and below that a strip is given: more than a 3 x
 
 @contextmanager
 def visiting(part: nn.Module, device):
-    """`part` with its weights on `device`; afterwards it has those again that it had, which stayed where they were."""
+    """Within the block `part` has its weights on `device`; then it has its own again, which never moved."""
     home = part.state_dict()
     try:
         yield part.to(device)
@@ -33,7 +33,8 @@ def in_strips(layer: Callable, x: Tensor, in_place=False) -> Tensor:
     """layer(x) for a layer whose rows depend on rows at most BESIDE away, however much it enlarges or shrinks a map.
     x: (B, C, H, W), H even where the layer halves it. in_place: x takes the result, of its own shape.
     What the layer's own padding does to the rows beside a strip is cut off."""
-    H, out, above = x.shape[2], x if in_place else None, x[:, :, :0]
+    H, out = x.shape[2], x if in_place else None
+    above = x[:, :, :0]                                                  # the rows above a strip: none above the first
     for top in range(0, H, ROWS):
         bottom = min(top + ROWS, H)
         strip = torch.cat([above, x[:, :, top:bottom + BESIDE]], 2)
@@ -72,19 +73,16 @@ def decode(vae: AutoencoderKL, z: Tensor) -> Tensor:
     """`vae.decode(z)`, without gradients."""
     d = vae.decoder
     pictures = []
-    for z in z.split(1):
-        x = _levels(reversed(d.up), d.mid(d.conv_in(vae.post_quant_conv(z))))
+    for one in z.split(1):
+        x = _levels(reversed(d.up), d.mid(d.conv_in(vae.post_quant_conv(one))))
         pictures.append(norm_silu_conv(d.norm_out, d.conv_out, x))
     return torch.cat(pictures)
 
 
 def _levels(levels, x):
     for level in levels:
-        for block in level.block:
-            x = _resnet_block(block, x)
-        for resize in level.children():
-            if resize is not level.block:
-                x = in_strips(resize, x)
+        for layer in level.layers():
+            x = _resnet_block(layer, x) if isinstance(layer, ResnetBlock) else in_strips(layer, x)
     return x
 
 
@@ -92,5 +90,5 @@ def _resnet_block(block, x):
     h = norm_silu_conv(block.norm1, block.conv1, x)
     h = norm_silu_conv(block.norm2, block.conv2, h, in_place=True)
     for rows, skipped in zip(h.split(ROWS, 2), x.split(ROWS, 2)):
-        rows += block.nin_shortcut(skipped) if hasattr(block, "nin_shortcut") else skipped
+        rows += block.nin_shortcut(skipped)
     return h

@@ -16,7 +16,7 @@ from .clip_filter import build_clip, load_clip, normalize_pixels, save_clip
 from .images import contact_sheet, save_image, to_images
 from .pipeline import InstructPix2Pix
 from .scorer import build_scorer, load_scorer, read_scene, save_scorer, score_scorer, scorer_loss, soften
-from .stages import Pool, diffusion_loss, draw_timesteps, encode, history, is_settling, run, to_device
+from .stages import Pool, diffusion_loss, draw_timesteps, history, is_settling, latent_moments, run, to_device
 from .tensorfiles import read_state_dict
 from .text import TextConfig, TextEncoder, Tokenizer
 from .training import seeded
@@ -44,8 +44,7 @@ def train_vae(args, world):
         x = x.contiguous(memory_format=args.layout)
         with args.autocast():
             posterior = vae.encode(x)
-            noise = torch.randn(posterior.mean.shape, generator=rng).to(x)
-            z = posterior.mean + (0.5 * posterior.logvar).exp() * noise
+            z = posterior.sample(torch.randn(posterior.mean.shape, generator=rng).to(x))
             y = vae.decode(z).float()
         mse, kl = F.mse_loss(y, x), posterior.kl().float().mean()
         loss = F.l1_loss(y, x) + 5 * mse + 1e-6 * kl
@@ -137,13 +136,13 @@ def train_base(args, world):
     def draw(start, count, split="train"):
         pixels, captions = world.pictures(args.seed + 2, start, count, split)
         with args.autocast():
-            return encode(vae, pixels)[:, 0] * vae.config.scale_factor, captions
+            return latent_moments(vae, pixels)[:, 0] * vae.config.scale_factor, captions
 
     pool = Pool(draw, args)
 
     def loss_fn(step, rows, batch=None, dropout=0.1, timesteps=args.timesteps):
         x0, captions = batch or pool.batch(step, rows)
-        count, rows = (len(x0), slice(None)) if batch else (args.batch_size, rows)         # drawn for all, wherever they are
+        count = len(x0) if batch else args.batch_size                          # drawn for all, however they are shared out
         rng = seeded(args.seed, step)
         drop = torch.rand(count, generator=rng) < dropout
         t = draw_timesteps(timesteps, count, rng, is_settling(step, args))
@@ -165,7 +164,7 @@ def train_base(args, world):
         return None
     sheet(args.out / "base" / "sheet-final.png")
     with torch.no_grad():
-        loss, _ = loss_fn(0, None, draw(0, args.score_examples, "combinations"), dropout=0, timesteps="uniform")
+        loss, _ = loss_fn(0, slice(None), draw(0, args.score_examples, "combinations"), dropout=0, timesteps="uniform")
     record["held_out_loss"] = round(loss.item(), 4)
     record |= dict(cfg_text=args.cfg_text, autoencoder=history(read_state_dict(args.out / "vae.safetensors")[1]))
     record |= {"init": history(begun.metadata)} if args.init else {}

@@ -6,14 +6,13 @@
 import math
 from contextlib import nullcontext
 from functools import partial
-from itertools import cycle
 from typing import Sequence
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from . import low_memory as sparing
+from . import low_memory
 from .checkpoint import Parts, load_checkpoint, save_checkpoint
 from .cuda_graph import CUDAGraphed
 from .guidance import guidance_condition, instruct_denoiser, text_denoiser
@@ -95,7 +94,7 @@ class InstructPix2Pix:
 
     def working(self, part):
         """A context in which `part` is on the device; in low memory it is there no longer than that."""
-        return sparing.visiting(part, self.device) if self.low_memory else nullcontext()
+        return low_memory.visiting(part, self.device) if self.low_memory else nullcontext()
 
     def read_text(self, context: Tensor) -> dict:
         """What the UNet makes of a context, (B, M, D), at every step alike."""
@@ -172,13 +171,13 @@ class InstructPix2Pix:
         """Clean latents (B, z, h, w) of B edits, for `decode`. image_latents: (B, z, h, w), unscaled, as `encode` gives them
         and the UNet takes them; seeds: B numbers; the rest as in `edit`."""
         context, null = self.encode_text([*texts, negative_prompt]).split([len(texts), 1])
-        if self.is_distilled:                                             # it has learned what guidance does: one branch is left
+        predict, options = self.predict, {}
+        if self.is_distilled:                          # its UNet is told the scales, and does by itself what guidance would
             condition = guidance_condition(cfg_text, cfg_image, steps).to(self.device)
-            predict, scales, options = partial(self.predict, condition=condition), (1, 1), dict(spacing="trailing")
-        else:
-            predict, scales, options = self.predict, (cfg_text, cfg_image), {}
+            predict, options = partial(self.predict, condition=condition), dict(spacing="trailing")
+            cfg_text = cfg_image = 1                   # so one branch is left
         with self.working(self.unet):
-            denoise = instruct_denoiser(predict, context, null.expand_as(context), image_latents, *scales, self.read_text,
+            denoise = instruct_denoiser(predict, context, null, image_latents, cfg_text, cfg_image, self.read_text,
                                         one_by_one=self.low_memory)
             if self.device.type == "cuda" and steps > 4:                  # recording takes as long as a few steps do
                 denoise = CUDAGraphed(denoise)
@@ -193,13 +192,13 @@ class InstructPix2Pix:
         self.check_makes_pictures()
         check_settings(steps, sampler, num_images, cfg_text=cfg_text, eta=eta)
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        width, height = (size or self.parts.image_size,) * 2 if not isinstance(size, Sequence) else size
+        width, height = size if isinstance(size, Sequence) else (size or self.parts.image_size,) * 2
         if min(width, height) < 1 or width % self.size_multiple or height % self.size_multiple:
             raise ValueError(f"width and height must be multiples of {self.size_multiple}, got {width}x{height}")
         texts = [p for p in prompts for _ in range(num_images)]
         f = self.vae.config.downsampling
         shape = (len(texts), self.vae.config.z_channels, height // f, width // f)
-        z = self.text_to_latents(texts, self._null(negative_prompt, len(texts)), cfg_text, shape, steps=steps, sampler=sampler,
+        z = self.text_to_latents(texts, self.encode_text([negative_prompt]), cfg_text, shape, steps=steps, sampler=sampler,
                                  seeds=_seeds(seed, num_images, len(texts)), x_T=x_T, eta=eta, control=control, progress=progress)
         return to_images(self.decode(z))
 
@@ -223,7 +222,7 @@ class InstructPix2Pix:
         check_settings(steps, sampler, 1)
         control = control_pairs(self.tokenizer, captions, edited_captions, shares, steps, control)
         side = size // self.vae.config.downsampling
-        z = self.text_to_latents(texts, self._null("", 2 * B), torch.tensor(cfg_text, device=self.device).repeat(2),
+        z = self.text_to_latents(texts, self.encode_text([""]), torch.tensor(cfg_text, device=self.device).repeat(2),
                                  (2 * B, self.vae.config.z_channels, side, side), steps=steps, sampler=sampler, seeds=[*seeds] * 2,
                                  x_T=None if x_T is None else x_T.repeat(2, 1, 1, 1), control=control, progress=progress)
         return self.decode(z).float().clamp(-1, 1).cpu().split(B)
@@ -231,32 +230,38 @@ class InstructPix2Pix:
     @torch.no_grad()
     def text_to_latents(self, texts: list[str], null_context, cfg_text, shape, *, steps, sampler="ddim", seeds, x_T=None,
                         eta=0.0, control=None, first=0, progress=False) -> Tensor:
-        """Clean latents (B, z, h, w) = `shape` of B texts. null_context: (B, M, D), or a list with one for every step;
+        """Clean latents (B, z, h, w) = `shape` of B texts. null_context: (1, M, D), or a list with one for every step;
         cfg_text: a number or (B,); seeds: B numbers; first: the step to begin with, x_T being as noisy as it expects."""
         if control is not None and (shape[0], steps - first) != (len(control.source), len(control.self_steps)):
             raise ValueError(f"this control is for {len(control.source)} prompts with one picture each in {len(control.self_steps)} "
                              f"steps, got {shape[0]} in {steps - first}")
-        run = control and ControlledRun(control, *shape[2:], self.device)
-        predict = run.predicting(self.predict) if run else self.predict
+        predict, options = self.predict, {}
+        if control is not None:
+            run = ControlledRun(control, *shape[2:], self.device)
+            predict, options = run.predicting(self.predict), dict(after_step=run.after_step)
+        if first:
+            options["first"] = first                                     # DDIM's own
         context = self.encode_text(texts)
-        by_step, read_text = (null_context, None) if isinstance(null_context, list) else ([null_context], self.read_text)
         with self.working(self.unet):
-            denoisers = cycle([text_denoiser(predict, context, null, cfg_text, read_text) for null in by_step])
-            return self._sample(lambda x, t: next(denoisers)(x, t), shape, steps, sampler, seeds, x_T, eta, progress,
-                                after_step=run and run.after_step, **{"first": first} if first else {})     # DDIM's own
+            if isinstance(null_context, list):                           # one for each step: not worth reading ahead
+                each = iter([text_denoiser(predict, context, null, cfg_text) for null in null_context])
+                denoise = lambda x, t: next(each)(x, t)
+            else:
+                denoise = text_denoiser(predict, context, null_context, cfg_text, self.read_text)
+            return self._sample(denoise, shape, steps, sampler, seeds, x_T, eta, progress, **options)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """The mean latents, (B, z, h, w) float32 and unscaled, of pixels (B, 3, H, W) in [-1, 1]."""
         with self.working(self.vae):
-            encode = partial(sparing.encode, self.vae) if self.low_memory else self.vae.encode
+            encode = partial(low_memory.encode, self.vae) if self.low_memory else self.vae.encode
             return encode(pixels.to(self.device, self.dtype)).mode().float()
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """Pixels (B, 3, H, W), about in [-1, 1], of latents as the sampler leaves them."""
         with self.working(self.vae):
-            decode = partial(sparing.decode, self.vae) if self.low_memory else self.vae.decode
+            decode = partial(low_memory.decode, self.vae) if self.low_memory else self.vae.decode
             return decode((z / self.vae.config.scale_factor).to(self.dtype))
 
     def check_makes_pictures(self):
@@ -268,9 +273,6 @@ class InstructPix2Pix:
                              f"{self.vae.config.z_channels}; this needs a text-to-image checkpoint, which has as many of both")
         if self.is_distilled:
             raise ValueError("a distilled text-to-image model: of these, only editors are known here")
-
-    def _null(self, negative_prompt, count):
-        return self.encode_text([negative_prompt]).expand(count, -1, -1)
 
     def _sample(self, denoise, shape, steps, sampler, seeds, x_T, eta, progress, **options):
         """Clean latents, float32. Each picture has a random stream of its own, so no batch changes it."""
@@ -290,7 +292,7 @@ class InstructPix2Pix:
 
 
 def _seeds(seed, num_images, count):
-    """Of `count` pictures, `num_images` of each input in a row."""
+    """The seeds of `count` pictures, of which `num_images` in a row are of one input."""
     return [seed + i % num_images for i in range(count)]
 
 

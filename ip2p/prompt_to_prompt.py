@@ -42,8 +42,8 @@ def word_tokens(prompt: str, words: str, tokenizer: Tokenizer) -> list[int]:
     the punctuation around them. Empty where the prompt lacks them."""
     spans, wanted = word_spans(prompt, tokenizer), [_bare(word) for word in words.split()]
     n = len(wanted)
-    return [token for i in range(len(spans) - n + 1) if n and [_bare(word) for word, _ in spans[i:i + n]] == wanted
-            for _, span in spans[i:i + n] for token in span]
+    found = [i for i in range(len(spans) - n + 1) if n and [_bare(word) for word, _ in spans[i:i + n]] == wanted]
+    return [token for i in found for _, span in spans[i:i + n] for token in span]
 
 
 def _bare(word):
@@ -86,9 +86,12 @@ def replacement_mapper(source: str, target: str, tokenizer: Tokenizer) -> tuple[
 
 def _aligned_changes(xs, ys, tokenizer):
     """Pairs of ranges of source and target tokens that replace each other, in order, where the words differ in number."""
-    (x_words, x_starts), (y_words, y_starts) = (
-        ([tuple(tokenizer.encode(word)) for word, _ in spans], [span.start for _, span in spans] + [spans[-1][1].stop if spans else 1])
-        for spans in (xs, ys))
+    def split(spans):
+        """The tokens of each word, by which words are compared; and where each begins, with the end of the last."""
+        return ([tuple(tokenizer.encode(word)) for word, _ in spans],
+                [span.start for _, span in spans] + [spans[-1][1].stop if spans else 1])
+
+    (x_words, x_starts), (y_words, y_starts) = split(xs), split(ys)
     changes = []
     for kind, a, b, c, d in SequenceMatcher(None, x_words, y_words, autojunk=False).get_opcodes():
         if kind != "equal" and b - a == d - c:                               # word by word
@@ -235,7 +238,7 @@ def prompt_to_prompt(tokenizer: Tokenizer, prompts: Sequence[str], num_steps: in
 
 def control_pairs(tokenizer: Tokenizer, captions: Sequence[str], edited_captions: Sequence[str], shares: Sequence[float],
                   num_steps: int, kind: str = "self-attention") -> AttentionControl:
-    """Of B captions and their B edited captions, drawn as one batch: each edited one borrows from its caption.
+    """The control for B captions and their B edited captions, drawn as one batch: each edited one borrows from its caption.
 
     kind: "self-attention", the published generator's: the share of the steps is its p; or "cross-attention", Prompt-to-Prompt's
     refinement for that share of the steps, with self-attention for half of it. ValueError for another kind or a share
@@ -307,7 +310,7 @@ class ControlledRun:
         self.self_rows, self.crossing = self.plans[self.step]
 
     def _plan(self, i, branches):
-        """Of step i: whose queries and keys each row uses in self-attention, and what `_cross` needs; None for its own."""
+        """For step i: whose queries and keys each row uses in self-attention, and what `_cross` needs; None for its own."""
         c, R = self.control, len(self.control.source)
         offsets = [R * b for b in range(branches)] if c.unconditional else [0]
         own_rows, crossing = torch.arange(R * branches), None

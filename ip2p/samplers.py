@@ -14,10 +14,11 @@ from .schedule import NUM_TRAIN_TIMESTEPS, sigmas_at
 
 
 def ddim_timesteps(num_steps: int, num_train_timesteps: int = NUM_TRAIN_TIMESTEPS, spacing: str = "leading") -> Tensor:
-    """Descending int64 timesteps, (num_steps,): evenly spaced from 1 up, as in the original, which takes more steps
-    than asked where their number does not divide 1000; here it is always exact. (All 1000 are 999, ..., 0.)
-    spacing: "trailing" for evenly spaced from 999 down (Lin et al. 2023, arXiv:2305.08891), where few steps must begin.
-    Raises ValueError unless 1 <= num_steps <= num_train_timesteps."""
+    """Descending int64 timesteps, (num_steps,). Raises ValueError unless 1 <= num_steps <= num_train_timesteps.
+
+    spacing: "leading" for evenly spaced from 1 up, as in the original; "trailing" for evenly spaced from 999 down (Lin et al.
+    2023, arXiv:2305.08891), which few steps need: two leading ones would begin at 501. The original takes more steps than
+    asked where their number does not divide 1000; here it is always exact. (All 1000 are 999, ..., 0.)"""
     if not 1 <= num_steps <= num_train_timesteps:
         raise ValueError(f"the number of steps must be in 1..{num_train_timesteps}, got {num_steps}")
     if spacing == "trailing":
@@ -39,6 +40,7 @@ def ddim_step(x_t: Tensor, eps: Tensor, a_t: Tensor, a_prev: Tensor, eta: float 
     eta: 0 is deterministic, 1 has DDPM's variance; `noise` (like x_t) is needed unless eta is 0.
     """
     x0 = (x_t - (1 - a_t).sqrt() * eps) / a_t.sqrt()
+    # Clamped for inversion, where a_prev < a_t and eta is 0: the root would be NaN, and 0 times NaN is NaN.
     sigma = eta * ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)).clamp(min=0).sqrt()
     x_prev = a_prev.sqrt() * x0 + (1 - a_prev - sigma ** 2).clamp(min=0).sqrt() * eps
     return x_prev if eta == 0 else x_prev + sigma * noise
@@ -60,8 +62,8 @@ def ddim_sample(denoise: Callable, x_T: Tensor, num_steps: int, alphas_cumprod: 
 def ddim_invert(denoise: Callable, x0: Tensor, num_steps: int, alphas_cumprod: Tensor, progress: bool = False) -> list[Tensor]:
     """DDIM run backwards: noise that `ddim_sample` turns into x0 again, up to the error of its steps.
 
-    Returns the num_steps + 1 latents on the way, x0 first and x_T last. As in null-text inversion (Mokady et al. 2022),
-    eps of a step is taken at the step's start and at its end's timestep.
+    Returns the num_steps + 1 latents on the way, x0 first and x_T last. As in null-text inversion (Mokady et al. 2022), the
+    eps of a step is predicted from the latents at its start, but at the timestep of its end.
     """
     latents = [x0]
     for t, a_t, a_prev in tqdm(ddim_steps(num_steps, alphas_cumprod.to(x0.device))[::-1], desc="DDIM inversion", disable=not progress):
@@ -84,13 +86,13 @@ def euler_ancestral_sample(denoise: Callable, x_T: Tensor, num_steps: int, alpha
     sigmas = torch.cat([sigmas_at(timesteps, alphas_cumprod), torch.zeros(1, device=x_T.device)])
     x = x_T * sigmas[0]
     for i in tqdm(range(num_steps), desc="Euler ancestral", disable=not progress):
-        sigma, to = sigmas[i], sigmas[i + 1]
-        up = torch.minimum(to, eta * (to ** 2 * (sigma ** 2 - to ** 2) / sigma ** 2).sqrt())     # noise to add again
-        down = (to ** 2 - up ** 2).sqrt()                                                        # where Euler goes
+        sigma, sigma_to = sigmas[i], sigmas[i + 1]
+        sigma_up = torch.minimum(sigma_to, eta * (sigma_to ** 2 * (sigma ** 2 - sigma_to ** 2) / sigma ** 2).sqrt())
+        sigma_down = (sigma_to ** 2 - sigma_up ** 2).sqrt()             # where Euler goes; then noise of sigma_up is added
         eps = denoise(x / (sigma ** 2 + 1).sqrt(), timesteps[i])
-        x = x + (down - sigma) * eps
-        if i < num_steps - 1:
-            x = x + up * noise_like(x)
+        x = x + (sigma_down - sigma) * eps
+        if i < num_steps - 1:                                           # the last step's sigma_up is 0
+            x = x + sigma_up * noise_like(x)
         if after_step is not None:
             x = after_step(x)
     return x

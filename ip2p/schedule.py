@@ -32,7 +32,7 @@ def _coefficients(alphas_cumprod, t, like):
 
 
 def add_noise(x0: Tensor, noise: Tensor, t: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """x_t for clean latents x0 and noise, both (B, ...), at integer timesteps t, (B,)."""
+    """x_t (DDPM, arXiv:2006.11239, Eq. 4) for clean latents x0 and noise, both (B, ...), at integer timesteps t, (B,)."""
     signal_scale, noise_scale = _coefficients(alphas_cumprod, t, x0)
     return signal_scale * x0 + noise_scale * noise
 

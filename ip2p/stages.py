@@ -14,20 +14,20 @@ from .schedule import add_noise, make_alphas_cumprod, velocity
 from .training import fit, seeded
 
 
-# What may change on resuming. Another number of steps moves the cool-down.
-FREE = ("out", "cache", "minutes", "steps", "device", "sheet_minutes", "save_minutes", "keep", "score_examples", "cfg_text",
-        "cfg_image", "accumulate", "offload", "checkpointing", "compile", "workers", "preset", "num_captions", "triples")
+# Settings that may change when a run is resumed. Another number of steps moves the cool-down.
+MAY_CHANGE = ("out", "cache", "minutes", "steps", "device", "sheet_minutes", "save_minutes", "keep", "score_examples", "cfg_text",
+              "cfg_image", "accumulate", "offload", "checkpointing", "compile", "workers", "preset", "num_captions", "triples")
 
 
 def run(args, module, loss_fn, sheet=None, **fixed):
     """Train `module` by the stage's settings, which are stored in its folder; those that may not change on resuming, and
     `fixed`, in its checkpoints too. Returns the record for the file's metadata."""
-    told = {k: v for k, v in vars(args).items() if k not in ("layout", "autocast") and v is not None}
-    fixed |= {k: v.name if isinstance(v, Path) else v for k, v in told.items() if k not in FREE}
+    settings = {k: v for k, v in vars(args).items() if k not in ("layout", "autocast") and v is not None}
+    fixed |= {k: v.name if isinstance(v, Path) else v for k, v in settings.items() if k not in MAY_CHANGE}
     result = fit(module, loss_fn, args.out / args.stage, steps=args.steps, batch_size=args.batch_size, accumulate=args.accumulate,
                  minutes=args.minutes, lr=args.lr, optimizer=args.optimizer, warmup=args.warmup, cooldown=args.cooldown,
                  ema_decay=args.ema_decay, clip_norm=args.clip_norm, offload=args.offload, keep=args.keep,
-                 save_minutes=args.save_minutes, sheet_minutes=args.sheet_minutes, sheet=sheet, config=fixed, settings=told)
+                 save_minutes=args.save_minutes, sheet_minutes=args.sheet_minutes, sheet=sheet, config=fixed, settings=settings)
     data = f"ip2p.world, {args.subset}" if args.data == "world" else Path(args.data).name
     return dict(stage=args.stage, data=data, steps=result["step"], batch_size=args.batch_size,
                 minutes=round(result["seconds"] / 60, 1), finished=result["finished"], commit=commit(),
@@ -58,29 +58,34 @@ class Pool:
     from it. `draw(start, count)` returns a tuple of tensors or lists; what comes at a step depends on the step alone."""
 
     def __init__(self, draw, args):
-        self.draw, self.args, self.number = draw, args, None
+        self.draw, self.args = draw, args
+        self.number = self.columns = None                                # of the block in memory
 
     def batch(self, step, rows=slice(None)):
-        B, block = self.args.batch_size, self.args.block // self.args.batch_size * self.args.batch_size
-        number, within = divmod(step, block // B * self.args.reuse)
-        again, turn = divmod(within, block // B)
+        B = self.args.batch_size
+        batches = self.args.block // B                                   # in a block
+        number, within = divmod(step, batches * self.args.reuse)         # which block, and which of its steps
+        again, turn = divmod(within, batches)                            # which time through it, and which batch of that
         if number != self.number:
-            with tqdm(total=block, desc="drawing", leave=False, dynamic_ncols=True, disable=distributed.rank() > 0) as bar:
-                def draw(i):
-                    part = self.draw(number * block + i, min(128, block - i))
-                    bar.update(min(128 * distributed.processes(), block - bar.n))
-                    return part
-                parts = distributed.share_out(range(0, block, 128), draw)
-            self.columns = [torch.cat(c) if torch.is_tensor(c[0]) else sum(c, []) for c in zip(*parts)]
-            self.number = number
-        order = torch.randperm(block, generator=seeded(self.args.seed, number, again))
+            self.columns, self.number = self._make(number, batches * B), number
+        order = torch.randperm(batches * B, generator=seeded(self.args.seed, number, again))
         chosen = order[turn * B:(turn + 1) * B][rows]
         return [c[to_device(chosen, str(c.device))] if torch.is_tensor(c) else [c[i] for i in chosen.tolist()]
                 for c in self.columns]
 
+    def _make(self, number, size):
+        """The columns of a block of `size` examples; the processes share the work."""
+        with tqdm(total=size, desc="drawing", leave=False, dynamic_ncols=True, disable=distributed.rank() > 0) as bar:
+            def draw(i):
+                part = self.draw(number * size + i, min(128, size - i))
+                bar.update(min(128 * distributed.processes(), size - bar.n))
+                return part
+            parts = distributed.share_out(range(0, size, 128), draw)
+        return [torch.cat(c) if torch.is_tensor(c[0]) else sum(c, []) for c in zip(*parts)]
+
 
 @torch.no_grad()
-def encode(vae, pixels):
+def latent_moments(vae, pixels):
     """Mean and log variance of the unscaled latents of pixels, (B, 2, z, h, w) float32."""
     posterior = vae.encode(pixels)
     return torch.stack([posterior.mean, posterior.logvar], 1).float()
@@ -110,7 +115,8 @@ def is_settling(step, args):
 
 
 def diffusion_loss(model, x0, context, t, noise, parameterization, image_latents=None):
-    """Mean squared error of the predicted eps or v. x0, noise, image_latents: (B, z, h, w); t: (B,)."""
+    """Mean squared error of the predicted eps (arXiv:2211.09800, Eq. 1), or of v. x0, noise, image_latents: (B, z, h, w);
+    t: (B,)."""
     alphas_cumprod = alphas_on(x0.device)
     x = add_noise(x0, noise, t, alphas_cumprod)
     x = x if image_latents is None else torch.cat([x, image_latents], 1)

@@ -4,7 +4,6 @@ The byte pairs are open_clip's. Stable Diffusion 1 takes the last layer of OpenA
 last layer but one of OpenCLIP's ViT-H/14 (exact GELU), each followed by the final layer norm.
 """
 import importlib.util
-import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,27 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import attend
-
-
-def import_open_clip():
-    """open_clip, imported where CLIP itself is needed: it takes longer than torch.
-
-    Of torchvision it needs only Python code, but a torchvision built for another torch (a CUDA wheel beside a CPU torch)
-    fails on import for want of its compiled operators. Declaring those two is enough to go on without them.
-    """
-    try:
-        import open_clip
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-        library = torch.library.Library("torchvision", "DEF")
-        import_open_clip.keep = library                      # its declarations last as long as it does
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import open_clip
-    return open_clip
 
 
 @lru_cache

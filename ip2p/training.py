@@ -97,9 +97,12 @@ def fit(module: nn.Module, loss_fn: Callable, folder: Path, *, steps: int, batch
     master = copy.deepcopy(module).cpu() if offload else module
     weights, master_weights = ([p for p in m.parameters() if p.requires_grad] for m in (module, master))
     ema, optimizers, config = EMA(master, ema_decay), make_optimizers(master, optimizer, lr), config or {}
-    step, seconds, saved = 0, 0.0, read_newest(folder) if leads else None
-    distributed.wait_for_all()                                         # the first renames what is damaged
-    saved = saved if leads else read_newest(folder)
+    step, seconds, saved = 0, 0.0, None
+    if leads:
+        saved = read_newest(folder)                                    # renames what is damaged, before the others look
+    distributed.wait_for_all()
+    if not leads:
+        saved = read_newest(folder)
     if saved:
         if saved["config"] != config:
             changed = {k for k in saved["config"] | config if saved["config"].get(k) != config.get(k)}
@@ -115,7 +118,8 @@ def fit(module: nn.Module, loss_fn: Callable, folder: Path, *, steps: int, batch
         ema.updates, step, seconds = saved["ema_updates"], saved["step"], saved["seconds"]
         if leads:
             print(f"resuming {folder} at step {step}", flush=True)
-    first, saved = step, None                                          # what was read takes memory
+    first_step = step
+    del saved                                                          # it takes memory
     if leads:
         forget_after(folder, step)
         with replacing(folder / "settings.json") as temporary:
@@ -157,7 +161,7 @@ def fit(module: nn.Module, loss_fn: Callable, folder: Path, *, steps: int, batch
                 scale = lr_scale(step, steps, warmup, cooldown)
                 for o in optimizers:
                     for group in o.param_groups:
-                        group["lr"] = scale * (20 * lr if isinstance(o, Muon) else lr)
+                        group["lr"] = scale * o.defaults["lr"]
                 loss = torch.zeros((), device=device)
                 for rows in parts:
                     part, numbers = loss_fn(step, rows)
@@ -195,7 +199,7 @@ def fit(module: nn.Module, loss_fn: Callable, folder: Path, *, steps: int, batch
                 if now - drawn_at > 60 * sheet_minutes:
                     draw()
                     drawn_at = time.monotonic()
-            if step > first:
+            if step > first_step:
                 save()
     finally:
         bar.close()

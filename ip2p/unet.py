@@ -52,6 +52,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.in_layers = nn.Sequential(nn.GroupNorm(groups, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, c_out))
+        # nn.Identity: where the original has dropout, of 0, so that the next layer has its public number
         self.out_layers = nn.Sequential(nn.GroupNorm(groups, c_out), nn.SiLU(), nn.Identity(),
                                         nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
@@ -82,7 +83,7 @@ class Upsample(nn.Module):
 class UNetBlock(nn.Sequential):
     """Layers in a row, each given what it needs: ResBlocks the timestep, transformers the text and the control."""
 
-    recompute = False            # in training: keep the input alone, and compute the rest again for the gradients
+    recompute = False            # gradient checkpointing: keep the input alone, compute the rest again for the gradients
 
     def forward(self, x, emb, context, control):
         if self.recompute and torch.is_grad_enabled():
@@ -149,14 +150,14 @@ class UNet(nn.Module):
                                  nn.Conv2d(width, c.out_channels, 3, padding=1))
 
     def recompute_blocks(self, recompute: bool):
-        """Whether training computes the blocks again for their gradients, to save memory."""
+        """Turn gradient checkpointing on or off: training computes the blocks again for their gradients, to save memory."""
         for block in self.modules():
             if isinstance(block, UNetBlock):
                 block.recompute = recompute
 
     def read_text(self, context: Tensor) -> dict:
-        """Keys and values of `context`, (B, M, context_dim), in every cross-attention layer: all that the text is to the UNet.
-        In its place they save computing them anew at every step."""
+        """{layer: keys and values of `context`, (B, M, context_dim)} for every cross-attention layer: all that the text is to
+        the UNet. Given to `forward` in place of `context`, they are computed once and not at every step."""
         blocks = (m for m in self.modules() if isinstance(m, BasicTransformerBlock))
         return {block.attn2: block.attn2.keys_and_values(context) for block in blocks}
 

@@ -4,11 +4,10 @@ Submodules carry the names in the public checkpoints (below their prefix `first_
 """
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import attend
+from .attention import attend, project
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,8 @@ class DiagonalGaussian:
         """The mean, (B, z, h, w)."""
         return self.mean
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """One draw, (B, z, h, w), with noise from `generator` (of the same device)."""
-        noise = torch.empty_like(self.mean).normal_(generator=generator)
+    def sample(self, noise: Tensor) -> Tensor:
+        """The draw that standard normal noise, (B, z, h, w), stands for."""
         return self.mean + (0.5 * self.logvar).exp() * noise
 
     def kl(self) -> Tensor:
@@ -62,13 +60,12 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.norm2 = group_norm(c_out, groups)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        if c_in != c_out:
-            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+        self.nin_shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return h + self.nin_shortcut(x)
 
 
 class AttnBlock(nn.Module):
@@ -84,7 +81,7 @@ class AttnBlock(nn.Module):
 
     def forward(self, x):
         h = self.norm(x).flatten(2).mT                        # (B, H*W, C)
-        q, k, v = (F.linear(h, layer.weight.flatten(1), layer.bias) for layer in (self.q, self.k, self.v))
+        q, k, v = (project(layer, h) for layer in (self.q, self.k, self.v))
         h = attend(q, k, v, heads=1).mT.unflatten(2, x.shape[2:])
         return x + self.proj_out(h)
 
@@ -108,11 +105,16 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks at one resolution; the encoder adds `downsample` to it, the decoder `upsample`."""
+    """The blocks at one resolution, and the way to the next: the encoder adds `downsample` to it, the decoder `upsample`."""
 
     def __init__(self, widths, groups):
         super().__init__()
         self.block = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:]))
+
+    def layers(self):
+        """All of them, in the order in which they run. (Run here, the level's input would stay in memory until its end.)"""
+        blocks, *resize = self.children()
+        return [*blocks, *resize]
 
 
 class Mid(nn.Module):
@@ -144,10 +146,8 @@ class Encoder(nn.Module):
     def forward(self, x):
         x = self.conv_in(x)
         for level in self.down:
-            for block in level.block:
-                x = block(x)
-            if hasattr(level, "downsample"):
-                x = level.downsample(x)
+            for layer in level.layers():
+                x = layer(x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
@@ -170,10 +170,8 @@ class Decoder(nn.Module):
     def forward(self, z):
         x = self.mid(self.conv_in(z))
         for level in reversed(self.up):
-            for block in level.block:
-                x = block(x)
-            if hasattr(level, "upsample"):
-                x = level.upsample(x)
+            for layer in level.layers():
+                x = layer(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ip2p.attention import CrossAttention, attend, attend_in_chunks
-from ip2p.text import TextConfig, TextEncoder, import_open_clip
+from ip2p.clip_filter import import_open_clip
+from ip2p.text import TextConfig, TextEncoder
 from ip2p.unet import UNet, UNetConfig
 from ip2p.vae import AttnBlock
 

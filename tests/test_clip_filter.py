@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from ip2p.clip_filter import SCORES, ClipSimilarity, Thresholds, build_clip, calibrate, keep, save_clip, store_thresholds
+from ip2p.clip_filter import (SCORES, ClipSimilarity, Thresholds, build_clip, calibrate, import_open_clip, keep, save_clip,
+                              store_thresholds)
 from ip2p.tensorfiles import read_state_dict
-from ip2p.text import import_open_clip
 
 CONFIG = dict(embed_dim=24, vision_cfg=dict(image_size=32, patch_size=16, width=32, layers=2, head_width=16),
               text_cfg=dict(context_length=16, vocab_size=514 + 200, width=32, heads=2, layers=2))

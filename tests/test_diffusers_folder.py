@@ -9,7 +9,8 @@ from checkpoints import PARITY, error_of, published_like, randomised, relative_e
 
 from ip2p import keys
 from ip2p.checkpoint import _as_published, load_checkpoint, read_state_dict, save_checkpoint
-from ip2p.text import TextConfig, TextEncoder, Tokenizer, import_open_clip
+from ip2p.clip_filter import import_open_clip
+from ip2p.text import TextConfig, TextEncoder, Tokenizer
 from ip2p.unet import UNet, UNetConfig
 from ip2p.vae import AutoencoderKL, VAEConfig
 

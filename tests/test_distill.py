@@ -10,12 +10,13 @@ from test_train_editor import run, write_pairs
 
 from ip2p import InstructPix2Pix
 from ip2p.checkpoint import Parts, load_checkpoint, save_checkpoint
+from ip2p.clip_filter import import_open_clip
 from ip2p.distill import COND_DIM, TEACHER_STEPS, draw_trajectories, landing_loss, landing_velocity, make_student
 from ip2p.guidance import guidance_condition, instruct_denoiser
 from ip2p.keys import config_from, unet_from_diffusers
 from ip2p.samplers import ddim_sample, ddim_step, ddim_steps, ddim_timesteps
 from ip2p.schedule import make_alphas_cumprod
-from ip2p.text import TextConfig, TextEncoder, import_open_clip
+from ip2p.text import TextConfig, TextEncoder
 from ip2p.unet import UNet, UNetConfig, timestep_embedding
 from ip2p.vae import AutoencoderKL, VAEConfig
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from ip2p.clip_filter import import_open_clip
 from ip2p.edits import (DELIMITER_0, DELIMITER_1, STOP, EditWriter, completion_loss, edit_kind, generate_edits,
                         make_completion, make_prompt, parse_completion, read_captions, read_triples, rejected_path,
                         world_captions)
 from ip2p.encodings import find_encoding, gpt2_encoding, pack_encoding, train_encoding, unpack_encoding
 from ip2p.gpt import GPT, GPTConfig
-from ip2p.text import import_open_clip
 from ip2p.world import World
 from ip2p.world_reader import judge
 

@@ -2,8 +2,8 @@
 import pytest
 import torch
 
+from ip2p.clip_filter import import_open_clip
 from ip2p.gpt import GPT, Cache, GPTConfig, generate, load_gpt, pick, save_gpt
-from ip2p.text import import_open_clip
 
 
 def tiny(seed=0):

@@ -100,4 +100,4 @@ def test_dropout_is_five_percent_each_way():
 
 def test_dropout_probability_out_of_range_is_refused():
     with pytest.raises(ValueError, match="got 0.4"):
-        dropout_masks(4, 0.4)
+        dropout_masks(4, 0.4, torch.Generator())

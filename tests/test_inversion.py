@@ -8,9 +8,10 @@ from PIL import Image
 
 from ip2p import InstructPix2Pix
 from ip2p.checkpoint import Parts
+from ip2p.clip_filter import import_open_clip
 from ip2p.inversion import InvertedPicture, encode_picture, invert, null_text, sdedit
 from ip2p.prompt_to_prompt import prompt_to_prompt
-from ip2p.text import TextConfig, TextEncoder, import_open_clip
+from ip2p.text import TextConfig, TextEncoder
 from ip2p.unet import UNet, UNetConfig
 from ip2p.vae import AutoencoderKL, VAEConfig
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from ip2p import InstructPix2Pix
-from ip2p.text import import_open_clip
+from ip2p.clip_filter import import_open_clip
 
 import_open_clip()                               # before diffusers: see its docstring
 diffusers = pytest.importorskip("diffusers")

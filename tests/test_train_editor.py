@@ -23,9 +23,10 @@ from tqdm import tqdm
 
 from ip2p import InstructPix2Pix
 from ip2p.checkpoint import Parts, load_checkpoint, save_checkpoint
+from ip2p.clip_filter import import_open_clip
 from ip2p.data import PairedDataset
 from ip2p.run_folder import list_checkpoints
-from ip2p.text import TextConfig, TextEncoder, import_open_clip
+from ip2p.text import TextConfig, TextEncoder
 from ip2p.unet import UNet, UNetBlock, UNetConfig
 from ip2p.vae import AutoencoderKL, VAEConfig
 
