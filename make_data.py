@@ -211,7 +211,8 @@ def filter_settings(args, limits):
 
 def name_of(clip):
     """What a CLIP is stored as, so that it is found again from anywhere: the shipped one by its name, files by whole paths."""
-    architecture, colon, weights = ("", "", clip) if Path(clip).exists() else clip.partition(":")
+    from ip2p.clip_filter import is_named
+    architecture, colon, weights = clip.partition(":") if is_named(clip) else ("", "", clip)
     whole = str(Path(weights).resolve()) if Path(weights).is_file() else weights
     return Path(whole).name if whole == MINIATURE["clip"] else architecture + colon + whole
 
@@ -278,7 +279,7 @@ def filter_pairs(args):
     path = args.out / "settings.json"
     settings = read_settings(path)
     told = settings.get("filter") or {}
-    rescore = args.clip is not None or told.get("scoring", False)      # or it was begun before, and not ended
+    rescore = args.clip is not None or told.get("scoring", False)    # or that was begun before, and not ended
     if args.clip is None:                                            # that of the scores that are there
         args.clip = told.get("clip") or (MINIATURE if settings.get("miniature") else PAPER)["clip"]
         args.clip = MINIATURE["clip"] if args.clip == Path(MINIATURE["clip"]).name else args.clip

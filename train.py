@@ -15,7 +15,6 @@ command is repeated. --preset sets defaults that flags override:
 import argparse
 import json
 import math
-import os
 import signal
 import sys
 from contextlib import contextmanager, nullcontext
@@ -303,7 +302,7 @@ def make_pairs(args, *flags):
 
 def train_all(args, argv):
     """Every stage in turn, each from those before it, and a table of what they scored. What is finished is left alone."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if distributed.launched() > 1:
         raise ValueError("--stage all runs in one process; torchrun is for a stage at a time: base, edit, distill")
     rows = []
     for stage, name in RESULTS.items():
@@ -335,7 +334,8 @@ def draw_own_pairs(args):
 def check(args):
     """ValueError for settings that cannot work."""
     minimum = dict(steps=1, batch_size=1 if args.stage in FROM_A_MODEL else 2, accumulate=1, pretrain_steps=0,
-                   block=args.batch_size, reuse=1, score_examples=1, views=int(args.stage == "distill"), keep=1, workers=0, num_captions=1)
+                   block=args.batch_size, reuse=1, score_examples=1, views=int(args.stage == "distill"), keep=1, workers=0,
+                   num_captions=1)
     for name, least in minimum.items():
         value = getattr(args, name)
         if value is not None and value < least:

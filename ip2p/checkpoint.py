@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -109,13 +110,12 @@ def _locate(path):
                    "text_encoder/config.json", "scheduler/scheduler_config.json", "tokenizer/*.json"]
         stems = ["diffusion_pytorch_model", "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model",
                  "text_encoder/model", "text_encoder/pytorch_model"]
-        for kind in ("safetensors", "bin"):              # pickles, and half-precision copies, only where there is nothing else
-            for variant in ("", ".fp16"):
-                weights = [f"{stem}{ending}" for stem in stems for ending in
-                           (f"{variant}.{kind}", f"{variant}-0*.{kind}", f".{kind}.index{variant}.json")]
-                local = Path(huggingface_hub.snapshot_download(str(path), allow_patterns=configs + weights))
-                if any(list(folder.glob(f"diffusion_pytorch_model*.{kind}")) for folder in (local, local / "unet")):
-                    return local
+        for kind, variant in product(("safetensors", "bin"), ("", ".fp16")):       # the later only where there is nothing else
+            weights = [f"{stem}{ending}" for stem in stems for ending in
+                       (f"{variant}.{kind}", f"{variant}-0*.{kind}", f".{kind}.index{variant}.json")]
+            local = Path(huggingface_hub.snapshot_download(str(path), allow_patterns=configs + weights))
+            if any(list(folder.glob(f"diffusion_pytorch_model*.{kind}")) for folder in (local, local / "unet")):
+                break
         return local
     except Exception as error:                           # offline, not found, gated, no huggingface_hub, ...
         reason = (str(error).strip().splitlines() or [""])[0]

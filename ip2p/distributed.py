@@ -38,9 +38,14 @@ def choose_device(device: str | None, dtype: str | None):
     return device, dtype, DTYPES[dtype]
 
 
+def launched() -> int:
+    """How many processes torchrun started, this one among them; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def start(device: str):
     """Joins the processes that torchrun started, this one with its own device."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+    if launched() == 1 or dist.is_initialized():
         return
     if device.startswith("cuda"):
         torch.cuda.set_device(device)

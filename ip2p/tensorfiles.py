@@ -30,7 +30,7 @@ STORAGES = {"torch.DoubleStorage": torch.float64, "torch.FloatStorage": torch.fl
             "torch.BFloat16Storage": torch.bfloat16, "torch.LongStorage": torch.int64, "torch.IntStorage": torch.int32,
             "torch.ShortStorage": torch.int16, "torch.CharStorage": torch.int8, "torch.ByteStorage": torch.uint8,
             "torch.BoolStorage": torch.bool}
-MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)      # in Python from 3.12 on
+MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)      # that of x86 and ARM, where Python has no name for it
 LEGACY_MAGIC = 0x1950a86a20f9469cfc6c                      # the first object in a file of torch.save before 1.6
 
 
