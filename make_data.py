@@ -118,7 +118,7 @@ def draw_pairs(args):
     from ip2p.clip_filter import ClipSimilarity
     from ip2p.pipeline import InstructPix2Pix
     prompts = read_prompts(args)
-    model = InstructPix2Pix.load(args.model, args.device, args.torch_dtype, parameterization=args.parameterization)
+    model = InstructPix2Pix.load(args.model, args.device, args.torch_dtype, args.vae, parameterization=args.parameterization)
     model.check_makes_pictures()
     choose_settings(args, model.parts.metadata)
     limits = choose_thresholds(args)
@@ -186,7 +186,7 @@ def begin_or_continue(args, limits):
     """Store what decides on the pairs as OUT/settings.json; ValueError if OUT was begun with something else."""
     drawn = ("seed", "steps", "n_samples", "min_p2p", "max_p2p", "min_cfg", "max_cfg", "control", "sampler", "dtype", "miniature",
              "parameterization")
-    new = {name: getattr(args, name) for name in drawn} | {"model": Path(args.model).name}
+    new = {name: getattr(args, name) for name in drawn} | {"model": Path(args.model).name, "vae": args.vae and Path(args.vae).name}
     new |= {"filter": None} if args.pairs_only else filter_settings(args, limits)
     path = args.out / "settings.json"
     if not path.exists():
@@ -383,6 +383,7 @@ def parse(argv=None):
     flag("--out", type=Path, default=Path("data"), help="the data set's folder (default: %(default)s)")
     flag("--model", default=str(WEIGHTS / "mini-sd.safetensors"), help="a text-to-image model: a file, a diffusers folder "
          "or an id on the Hugging Face hub (default: weights/mini-sd.safetensors)")
+    flag("--vae", help="a file or folder with another autoencoder, as the paper's (default: the model's own)")
     flag("--parameterization", **PARAMETERIZATION)
     flag("--gpt", default=str(WEIGHTS / "mini-gpt.safetensors"), help="what writes edits: a file of ours, or GPT-2 "
          "fine-tuned with train.py (default: weights/mini-gpt.safetensors)")

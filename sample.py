@@ -2,9 +2,7 @@
 
     python sample.py --image ip2p/assets/examples/fox.png --prompt "make it night"
     python sample.py --image ip2p/assets/examples/ --prompt "make it night" --grid --cfg-text 3 5 7.5 --cfg-image 1 1.5 2
-
-    python sample.py --method null-text --image ip2p/assets/examples/fox.png --source-prompt "a fox in a meadow" \
-        --prompt "a fox in a meadow at night"
+    python sample.py --method p2p --image fox.png --source-prompt "a fox in a meadow" --prompt "a fox in a meadow at night"
 
 The second makes sheets that show what the two guidance scales do. The third edits with a text-to-image model, by inversion
 and Prompt-to-Prompt: prompts then say what the pictures shall show. Every prompt is applied to every picture; results are
@@ -71,8 +69,7 @@ def main(args):
         names = ["strength"] if args.method == "sdedit" else ["source_prompt", "cross_steps", "self_steps", "blend"]
         record = settings | {name: getattr(args, name) for name in names}
     record |= dict(method=args.method, cfg_text=cfg_text if args.grid else cfg_text[0],
-                   model=Path(args.model).name if Path(args.model).exists() else args.model,
-                   vae=args.vae and Path(args.vae).name, parameterization=args.parameterization, dtype=args.dtype)
+                   model=name_of(args.model), vae=args.vae and name_of(args.vae), parameterization=args.parameterization, dtype=args.dtype)
     print(" ".join(f"{k}={v!r}" for k, v in record.items()), f"seed={args.seed} device={args.device}", flush=True)
     note_prompts(model.tokenizer, args)
     if args.compile:
@@ -155,6 +152,11 @@ def open_pictures(paths, bad):
         except ValueError as error:
             bad.append(path)
             tqdm.write(f"sample.py: {complaint(error)}", file=sys.stderr)
+
+
+def name_of(path):
+    """What a record says of a file or folder: its name; and of an id on the hub, all."""
+    return Path(path).name if Path(path).exists() else path
 
 
 def check_output(output, paths, results):

@@ -5,7 +5,7 @@
     python train.py --base v1-5-pruned-emaonly.safetensors --data pairs --preset 24gb          # Stable Diffusion on one card
     torchrun --nproc-per-node 8 train.py --base v1-5-pruned-emaonly.safetensors --data pairs   # the paper's run
     python train.py --stage distill                   # from a trained editor one that needs 2 evaluations, not 60
-    python train.py --stage all --data world          # the miniature from nothing, everything in weights/
+    python train.py --stage all --data world          # the miniature from nothing, all that is in weights/, into runs/
 
 Each stage trains in a folder of its own below --out. Stopped by --minutes, Ctrl-C, SIGTERM or worse, it goes on when the
 command is repeated. --preset sets defaults that flags override:
@@ -44,7 +44,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 # ---- defaults of the stages, and of the editor's presets
 
 ALWAYS = dict(accumulate=1, block=4096, lr=1e-3, optimizer="muon", warmup=100, cooldown=0.3, clip_norm=1.0, dtype="bf16",
-              offload=False, checkpointing=False, save_minutes=3.0, cfg_text=3.0, reuse=1)
+              offload=False, checkpointing=False, save_minutes=3.0, cfg_text=3.0, cfg_image=1.5, reuse=1)
 
 STAGES = {              # what made the shipped weights, but for base, scorer and distill (README); a GPU has time for more
     "vae": ALWAYS | dict(steps=3400, batch_size=16, ema_decay=0.999),
@@ -172,7 +172,7 @@ def train_edit(args, base):
     if held_out:
         batches = data_batches(held_out, encode_pairs, min(args.score_examples, len(held_out)), size=16)
     else:
-        batches = [world_pairs(0, args.score_examples, "combinations")]
+        batches = (world_pairs(i, min(64, args.score_examples - i), "combinations") for i in range(0, args.score_examples, 64))
     total = count = 0
     with torch.no_grad():
         for i, batch in enumerate(batches):
@@ -184,13 +184,14 @@ def train_edit(args, base):
         record["skipped"] = skipped
         distributed.say(f"{skipped} pairs were skipped, as their files cannot be read")
     start, small = args.init or args.base, is_miniature(base.metadata)
-    shared = {"vae": start.name} if small and start.resolve().parent == args.out.resolve() else None     # stored once
+    path = args.out / ("mini-ip2p.safetensors" if small else "ip2p.safetensors")
+    beside = small and start.resolve().parent == args.out.resolve()
+    shared = {"vae": base.metadata.get("shared", {}).get("vae", start.name)} if beside else None          # stored once
     with sampling():
         save_sheet(args.out / "edit" / "sheet-final.png", editor, world, held_out, args, count=24,
                    per_kind=min(6, args.score_examples))
         if small:
             record |= score_edits(editor, world, args)
-        path = args.out / ("mini-ip2p.safetensors" if small else "ip2p.safetensors")
         save_checkpoint(editor.parts, path, metadata=record, dtype=torch.float16 if small else None, shared=shared)
     announce(path)
     return record
@@ -203,6 +204,7 @@ FROM_A_MODEL = {"edit": train_edit, "distill": train_distill}
 RESULTS = {"vae": "vae.safetensors", "clip": "mini-clip.safetensors", "base": "mini-sd.safetensors",
            "scorer": "mini-scorer.safetensors", "edits": "mini-gpt.safetensors", "edit": "mini-ip2p.safetensors",
            "distill": "mini-ip2p-fast.safetensors"}
+EDITORS = "ip2p.safetensors", RESULTS["edit"]              # an editor made of Stable Diffusion, and the miniature's
 
 
 def main(args):
@@ -247,9 +249,11 @@ def open_base(args):
     if args.stage == "distill":
         if args.base:
             raise ValueError(f"--stage distill starts from an editor: give {args.base} as --init if it is one")
-        here = args.out / RESULTS["edit"]
-        args.init = args.init or (here if here.exists() else WEIGHTS / here.name)
+        here = [path for name in EDITORS if (path := args.out / name).exists()]
+        args.init = args.init or (here[0] if here else WEIGHTS / RESULTS["edit"])
     if args.init:
+        if args.stage == "edit" and args.init.resolve() in [(args.out / name).resolve() for name in EDITORS]:
+            raise ValueError(f"--init {args.init}: the result would take its place; give another --out")
         base = load_checkpoint(args.init, parameterization=args.parameterization)
         if base.unet.config.cond_dim:
             raise ValueError(f"--init {args.init}: is distilled already; give the editor that it was distilled from")
@@ -269,10 +273,13 @@ def open_base(args):
     if not (args.data or small):
         raise ValueError(f"{args.init or args.base} needs --data DIR: pairs to learn from, as make_data.py draws them")
     args.data = args.data or "data"
-    if args.stage == "distill" and args.cfg_text is None:
-        args.cfg_text = base.metadata.get("cfg_text", 7.5)
+    if args.stage == "distill":
+        for name, usual in (("cfg_text", 7.5), ("cfg_image", 1.5)):
+            if getattr(args, name) is None:
+                setattr(args, name, base.metadata.get(name, usual))
     args.size = args.size or PRESETS[args.preset].get("size", base.image_size)
-    if args.size % (multiple := InstructPix2Pix(base).size_multiple):
+    multiple = InstructPix2Pix(base).size_multiple
+    if args.size < 1 or args.size % multiple:
         raise ValueError(f"--size must be a multiple of {multiple}, got {args.size}")
     return base
 
@@ -345,6 +352,8 @@ def check(args):
             raise ValueError(f"--{name.replace('_', '-')} must be a finite number, not below zero, got {value}")
     if not 8 <= args.crop <= 128 or args.crop % 8:
         raise ValueError(f"--crop must be a multiple of 8 up to 128, got {args.crop}")
+    if args.cooldown > 1:
+        raise ValueError(f"--cooldown is a share of the steps, in 0..1, got {args.cooldown}")
     if not 0 <= args.ema_decay < 1:
         raise ValueError(f"--ema-decay must be in 0..1, and below 1, got {args.ema_decay}")
     if not 0 <= args.dropout <= 1 / 3:
@@ -390,7 +399,7 @@ def parse(argv=None):
     flag("--out", type=Path, default=Path("runs"), help="folder of the runs (default: %(default)s)")
     flag("--seed", type=int, default=0, help="of initial weights, noise and examples (default: %(default)s)")
     flag("--steps", type=int, help=f"optimiser steps in all; may be changed when resuming {own}")
-    flag("--minutes", type=float, help="stop after so many minutes; repeat the command to go on (default: never)")
+    flag("--minutes", type=float, help="stop a stage after so many minutes; repeat the command to go on (default: never)")
     flag("--batch-size", type=int, help=f"examples a step, over all parts and processes {own}")
     flag("--accumulate", type=int, help=f"base, edit, distill: parts in which a process goes through its share of them {own}")
     flag("--lr", type=float, help=f"of AdamW; Muon's is 20 times as much {own}")
@@ -405,7 +414,7 @@ def parse(argv=None):
     flag("--score-examples", type=int, default=512, help="held-out examples that the result is scored on; edit: pictures "
          "are drawn in full for a sixth of as many (default: %(default)s)")
     flag("--cfg-text", type=float, help=f"text guidance of sheets and scores, kept as the model's own default {own}")
-    flag("--cfg-image", type=float, default=1.5, help="likewise for image guidance (default: %(default)s)")
+    flag("--cfg-image", type=float, help=f"likewise for image guidance {own}")
     flag("--sheet-minutes", type=float, default=10.0, help="minutes between sample sheets (default: %(default)s)")
     flag("--save-minutes", type=float, help=f"minutes between checkpoints {own}")
     flag("--keep", type=int, default=2, help="how many checkpoints (default: %(default)s)")
@@ -417,7 +426,7 @@ def parse(argv=None):
     flag("--base", type=Path, help="the text-to-image checkpoint to start from (default: OUT/mini-sd.safetensors if there "
          "is one, else weights/mini-sd.safetensors); edits: public GPT-2 weights to start from")
     flag("--init", type=Path, help="an editor to go on from, in place of --base; distill: the editor to learn from (default: "
-         "OUT/mini-ip2p.safetensors if there is one, else weights/mini-ip2p.safetensors); base: the text-to-image checkpoint "
+         "OUT's, ip2p.safetensors or mini-ip2p.safetensors, else weights/mini-ip2p.safetensors); base: the text-to-image checkpoint "
          "to train further, made with the same autoencoder; scorer: the one to train further")
     flag("--parameterization", **PARAMETERIZATION)
     flag("--data", help="a data set, as make_data.py writes it or in any layout that ip2p/data.py reads, or `world` for the "

@@ -8,6 +8,7 @@ import copy
 import json
 import re
 import sys
+import zlib
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -133,6 +134,14 @@ def _some(names):
     return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
+def checksum(tensors: keys.Tensors) -> int:
+    """CRC-32 of the names' tensors, to tell whether they are still the same."""
+    total = 0
+    for name in sorted(tensors):
+        total = zlib.crc32(tensors[name].contiguous().flatten().view(torch.uint8).numpy(), total)
+    return total
+
+
 def _read_file(path, use_shared=True):
     """A single file in the original's layout."""
     tensors, record = read_state_dict(path)
@@ -156,8 +165,9 @@ def _read_file(path, use_shared=True):
         if ema:
             raise ValueError(f"{path}: unknown EMA keys: {_some(ema)}")
         unet = averaged
-    known, shared = {part: record.get(part, {}) for part in MODELS}, record.get("shared", {})
-    if not all(isinstance(fields, dict) for fields in (*known.values(), shared)) or not set(shared) <= set(MODELS):
+    known = {part: record.get(part, {}) for part in MODELS}
+    shared, sums = record.get("shared", {}), record.get("shared_sums", {})
+    if not all(isinstance(fields, dict) for fields in (*known.values(), shared, sums)) or not set(shared) <= set(MODELS):
         raise ValueError(f"{path}: its record of configurations is malformed")
     known["text"] = {**(SD2_TEXT if text else SD1_TEXT), **known["text"]}
     last = [f"transformer.resblocks.{i}.ln_1.weight" in text for i in (22, 23)]
@@ -170,6 +180,8 @@ def _read_file(path, use_shared=True):
         if not sibling.is_file():
             raise ValueError(f"{path}: its {NAMES[part]} is in {sibling.name}, which is missing beside it")
         other = _read_file(sibling, use_shared=False)
+        if part in sums and sums[part] != checksum(other.tensors[part]):
+            raise ValueError(f"{path}: its {NAMES[part]} was stored in {sibling.name}, but the file beside it is another by now")
         found.tensors[part] = other.tensors[part] | found.tensors[part]       # of a UNet, only what differs is in this file
         found.known[part] = other.known[part] | (record.get(part, {}) if part == "unet" else {})
     return found
@@ -180,6 +192,9 @@ def _read_vae(path):
     if path.is_dir():
         return read_vae(path / "vae" if (path / "vae").is_dir() else path)
     tensors, record = read_state_dict(path)
+    if any(name.startswith("model.diffusion_model.") for name in tensors):          # a checkpoint, its VAE perhaps in another
+        found = _read_file(path)
+        return found.tensors["vae"], found.known["vae"]
     tensors = _below(dict(tensors), "first_stage_model.") or tensors
     tensors = {name: tensor for name, tensor in tensors.items() if not IGNORED.fullmatch(f"first_stage_model.{name}")}
     return keys.vae_from_diffusers(tensors), record.get("vae", {})
@@ -250,7 +265,7 @@ def save_checkpoint(parts: Parts, path, layout="ldm", metadata=None, shared=None
     record = copy.deepcopy(parts.metadata if metadata is None else metadata)
     record |= dict(parameterization=parts.parameterization, image_size=parts.image_size)
     shared = shared or {}
-    record = {key: value for key, value in record.items() if key not in ("shared", *MODELS)}
+    record = {key: value for key, value in record.items() if key not in ("shared", "shared_sums", *MODELS)}
     if layout == "diffusers":
         if shared:
             raise ValueError("a diffusers folder holds all of its parts: `shared` goes with layout=\"ldm\"")
@@ -275,7 +290,8 @@ def save_checkpoint(parts: Parts, path, layout="ldm", metadata=None, shared=None
     tensors = {f"model.diffusion_model.{name}": t for name, t in parts.unet.state_dict().items()}
     record["unet"] = asdict(parts.unet.config)
     if shared:
-        record["shared"] = shared
+        others = {part: _read_file(path.parent / name, use_shared=False).tensors[part] for part, name in shared.items()}
+        record |= dict(shared=shared, shared_sums={part: checksum(tensors) for part, tensors in others.items()})
     if "vae" not in shared:
         record["vae"] = asdict(parts.vae.config)
         tensors |= {f"first_stage_model.{name}": t for name, t in parts.vae.state_dict().items()}

@@ -44,8 +44,10 @@ def _read_unet(folder):
     if config:
         # diffusers calls the number of heads `attention_head_dim`; Stable Diffusion 2 has one for each level
         heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
-        heads = heads if isinstance(heads, list) else [heads]
-        sizes = {c // h for c, h in zip(config.get("block_out_channels", ()), heads)}
+        heads, widths = heads if isinstance(heads, list) else [heads], config.get("block_out_channels", [])
+        if not isinstance(widths, list) or not all(isinstance(n, int) and n > 0 for n in (*heads, *widths)):
+            raise ValueError(f"{folder}: numbers of heads and widths must be positive integers, got {heads} and {widths}")
+        sizes = {c // h for c, h in zip(widths, heads)}
         if len(set(heads)) == 1:
             known = dict(num_heads=heads[0], head_channels=None)
         elif len(sizes) == 1:
@@ -85,7 +87,7 @@ def _read_scheduler(path):
     config = _json(path)
     _require(path, config, **SCHEDULE, rescale_betas_zero_snr=False, trained_betas=None)
     predicts = config.get("prediction_type", "epsilon") if config else None
-    return {theirs: ours for ours, theirs in PREDICTION.items()}.get(predicts, predicts)
+    return next((ours for ours, theirs in PREDICTION.items() if theirs == predicts), predicts)
 
 
 def _weights(folder, *stems):

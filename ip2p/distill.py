@@ -64,7 +64,7 @@ def landing_loss(student: UNet, parameterization: str, alphas_cumprod: Tensor, s
                  image_latents: Tensor, context: Tensor, cfg_text: Tensor, cfg_image: Tensor) -> Tensor:
     """Mean squared error of v, with which the student shall get from state `first` to state `last`, both (B,)."""
     rows, timesteps = torch.arange(len(states), device=states.device), ddim_timesteps(TEACHER_STEPS, spacing="trailing")
-    timesteps = torch.cat([timesteps, torch.zeros(1, dtype=torch.long)]).to(states.device)         # where sampling ends
+    timesteps = to_device(torch.cat([timesteps, torch.zeros(1, dtype=torch.long)]), str(states.device))   # 0: where sampling ends
     t, s = timesteps[first], timesteps[last]
     a_t, a_s = (alphas_cumprod[i][:, None, None, None] for i in (t, s))
     x_t, x_s = states[rows, first], states[rows, last]

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from .data import read_jsonl
 from .encodings import find_encoding, unpack_encoding
 from .gpt import GPT, generate, load_gpt
 from .world import World
@@ -58,7 +59,7 @@ def read_triples(paths: Iterable[str | Path]) -> list[dict]:
     "caption". Raises ValueError with file and line for what is none, or would not be accepted if the model wrote it."""
     triples = []
     for path in paths:
-        for number, row in _json_lines(path):
+        for number, row in read_jsonl(path):
             triple = {"input": row.get("input", row.get("caption")), "edit": row.get("edit"), "output": row.get("output")}
             missing = [key for key, text in triple.items() if not isinstance(text, str) or not text.strip()]
             if missing:
@@ -71,19 +72,6 @@ def read_triples(paths: Iterable[str | Path]) -> list[dict]:
     if not triples:
         raise ValueError(f"no triples in {', '.join(map(str, paths))}")
     return triples
-
-
-def _json_lines(path) -> Iterator[tuple[int, dict]]:
-    with open(path, encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{path}:{number}: not JSON ({error})") from None
-                if not isinstance(row, dict):
-                    raise ValueError(f"{path}:{number}: not a JSON object: {line.strip()[:60]}")
-                yield number, row
 
 
 def completion_loss(model: GPT, pairs: list[tuple[list[int], list[int]]]) -> torch.Tensor:
@@ -143,7 +131,7 @@ def read_captions(path: str | Path) -> Iterator[tuple[str, str | None]]:
             if path.suffix not in (".jsonl", ".csv"):
                 yield from ((" ".join(line.split()), None) for line in lines if line.strip())
                 return
-            rows = _json_lines(path) if path.suffix == ".jsonl" else enumerate(csv.DictReader(lines), 2)
+            rows = read_jsonl(path) if path.suffix == ".jsonl" else enumerate(csv.DictReader(lines), 2)
             for number, row in rows:
                 caption = next((row[key] for key in ("caption", "input", "TEXT") if isinstance(row.get(key), str)), "")
                 if not caption.strip():
@@ -182,7 +170,7 @@ def generate_edits(writer: EditWriter, captions: Iterable[tuple[str, str | None]
             print(json.dumps({"settings": settings}), file=others, flush=True)
         seen, accepted, tried = set(), 0, 0
         for file in (path, rejected):
-            for _, row in _json_lines(file):
+            for _, row in read_jsonl(file):
                 if row.get("settings", settings) != settings:
                     raise ValueError(f"{path} was begun with other settings: {row['settings']}, now {settings}")
                 if "caption" in row:
@@ -252,12 +240,12 @@ def report(path: str | Path, examples: int = 8) -> dict:
     """Of a file of edits: how many captions were tried and accepted, the share, distinct instructions, edits by kind (most
     frequent first), and the first few to read."""
     accepted, instructions, kinds, shown = 0, set(), Counter(), []
-    for _, row in _json_lines(path):
+    for _, row in read_jsonl(path):
         accepted += 1
         instructions |= _keys(plain(row["edit"]), None)
         kinds[edit_kind(row["caption"], row["output"])] += 1
         if len(shown) < examples:
             shown.append({key: row[key] for key in ("caption", "edit", "output")})
-    tried = accepted + sum("caption" in row for _, row in _json_lines(rejected_path(path)))
+    tried = accepted + sum("caption" in row for _, row in read_jsonl(rejected_path(path)))
     return dict(tried=tried, accepted=accepted, share=round(accepted / max(tried, 1), 4), instructions=len(instructions),
                 kinds=dict(kinds.most_common()), examples=shown)

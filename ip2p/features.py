@@ -158,11 +158,12 @@ class CachedPairs:
         texts = {json.loads(line): i for i, line in enumerate(lines[:max([-1, *index]) + 1])}
         if done == total:
             return
-        sizes |= {"contexts.f16": 2 * int(np.prod(self.text_shape))}
-        for name, count in (("latents.f16", done), ("index.i32", done), ("contexts.f16", len(texts))):
+        ends = {name: done * size for name, size in sizes.items()}
+        ends |= {"contexts.f16": len(texts) * 2 * int(np.prod(self.text_shape)),
+                 "texts.jsonl": sum(len(json.dumps(text)) + 1 for text in texts)}
+        for name, end in ends.items():                                   # cut, not written anew: a stop here must not lose texts
             self._path(name).touch()
-            os.truncate(self._path(name), count * sizes[name])
-        self._path("texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts), "utf-8")
+            os.truncate(self._path(name), end)
 
         def decode(n):
             try:

@@ -100,7 +100,7 @@ class InvertedPicture:
         """optimize: null-text inversion; without it, guidance leads away from the picture, but it is fast."""
         self.model, self.source_prompt, self.steps, self.cfg_text = model, source_prompt, steps, cfg_text
         z = encode_picture(model, image, size)
-        self.nulls = [model.encode_text([""])] * steps
+        self.nulls = model.encode_text([""])                           # one for all steps; null-text inversion has one for each
         with model.working(model.unet):
             self.latents = invert(model, z, [source_prompt], steps, progress)
             if optimize:

@@ -69,7 +69,8 @@ def train_vae(args, world):
 def normalize_latents(vae, pixels):
     """Shift each latent channel to mean zero and scale all to unit variance, within the 1x1 convolutions next to them."""
     z = torch.cat([vae.encode(x).mode() for x in pixels.split(32)])
-    mean, std, n = z.mean((0, 2, 3)), z.std(), z.shape[1]
+    mean, n = z.mean((0, 2, 3)), z.shape[1]
+    std = (z - mean[:, None, None]).std()
     quant, post = vae.quant_conv, vae.post_quant_conv
     post.bias += post.weight[:, :, 0, 0] @ mean
     post.weight *= std

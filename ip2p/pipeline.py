@@ -280,7 +280,9 @@ class InstructPix2Pix:
 
         def noise_like(x):
             noise = torch.stack([torch.randn(x.shape[1:], generator=g) for g in streams])
-            return (noise.pin_memory() if x.is_cuda else noise).to(x.device, non_blocking=True)      # nobody waits
+            if x.is_cuda:
+                return noise.pin_memory().to(x.device, non_blocking=True)                    # nobody waits
+            return noise.to(x.device)                    # unpinned, a copy that is not waited for may be of memory freed since
 
         if x_T is None:
             x_T = noise_like(torch.empty(shape, device=self.device))

@@ -36,7 +36,8 @@ def run(args, module, loss_fn, sheet=None, **fixed):
 
 def history(record: dict) -> dict:
     """What a file's metadata says of its training, without its configurations."""
-    return {k: v for k, v in record.items() if k not in ("unet", "vae", "text", "scorer", "shared", "parameterization", "image_size")}
+    return {k: v for k, v in record.items() if k not in ("unet", "vae", "text", "scorer", "shared", "shared_sums",
+                                                          "parameterization", "image_size")}
 
 
 def is_miniature(record: dict) -> bool:

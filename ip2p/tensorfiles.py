@@ -279,10 +279,10 @@ def replacing(path):
             raise
     finally:
         for leftover in (temporary, old):
-            if leftover.is_dir():
+            if leftover.is_dir() and not leftover.is_symlink():
                 shutil.rmtree(leftover)
-            elif leftover.exists():
-                leftover.unlink()
+            else:
+                leftover.unlink(missing_ok=True)
 
 
 def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict[str, str]):

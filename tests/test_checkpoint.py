@@ -116,6 +116,11 @@ def test_shared_parts_are_stored_once(tmp_path):
     save_checkpoint(editor, tmp_path / "own-text.safetensors", shared={"vae": "sd.safetensors"})
     assert same_parts(load_checkpoint(tmp_path / "own-text.safetensors"), editor)
     editor.text = base.text
+    whole = (tmp_path / "sd.safetensors").read_bytes()
+    save_checkpoint(tiny("odd", seed=61), tmp_path / "sd.safetensors")        # another by the same name is noticed
+    assert "VAE was stored in sd.safetensors, but the file beside it is another by now" in error_of(tmp_path / "own-text.safetensors")
+    (tmp_path / "sd.safetensors").write_bytes(whole)
+    assert same(load_vae(tmp_path / "edit.safetensors"), base.vae)            # alone too
     (tmp_path / "sd.safetensors").unlink()
     assert same_parts(load_checkpoint(tmp_path / "whole.safetensors"), editor)
     assert "sd.safetensors, which is missing beside it" in error_of(tmp_path / "edit.safetensors")
@@ -192,6 +197,14 @@ def test_saving_at_another_precision(tmp_path, saved):
         loaded = load_checkpoint(tmp_path / name)
         assert torch.equal(loaded.unet.out[2].weight, parts.unet.out[2].weight.half().float())
     assert parts.unet.out[2].weight.dtype == torch.float32
+
+
+def test_a_link_to_a_folder_is_replaced_and_nothing_is_left_behind(tmp_path, saved):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    save_checkpoint(saved[0], tmp_path / "link", "diffusers")
+    assert same_parts(load_checkpoint(tmp_path / "link"), saved[0])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "real"] and not any((tmp_path / "real").iterdir())
 
 
 def test_autoencoder_alone(tmp_path, saved):
@@ -392,6 +405,10 @@ def test_folders_of_the_wrong_kind(tmp_path, saved):
     assert "no weights" in spoilt(lambda: (folder / "unet/diffusion_pytorch_model.safetensors").unlink())
     assert "not JSON" in spoilt(lambda: (folder / "unet/config.json").write_text("{"))
     assert "norm_eps must be 1e-05, got 0.001" in spoilt(lambda: edit("unet/config.json", norm_eps=1e-3))
+    for heads in (0, [0, 0], "8", None):
+        assert "must be positive integers" in spoilt(lambda: edit("unet/config.json", attention_head_dim=heads, num_attention_heads=None))
+    assert "must be positive integers" in spoilt(lambda: edit("unet/config.json", block_out_channels=32))
+    assert 'must be "eps" or "v", got [' in spoilt(lambda: edit("scheduler/scheduler_config.json", prediction_type=["epsilon"]))
     assert "hidden_act" in spoilt(lambda: edit("text_encoder/config.json", hidden_act="relu"))
     assert "got 'sample'" in spoilt(lambda: edit("scheduler/scheduler_config.json", prediction_type="sample"))
     assert "beta_end must be 0.012" in spoilt(lambda: edit("scheduler/scheduler_config.json", beta_end=0.02))

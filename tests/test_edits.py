@@ -67,12 +67,13 @@ def test_triples_are_read_under_both_published_keys(tmp_path):
 
 
 @pytest.mark.parametrize("line, complaint", [
-    ("{", "not JSON"), ("[1]", "not a JSON object"), ('{"input": "a fox", "edit": "x"}', "lacks output"),
+    ("{", "not a line of JSON"), ("[1]", "needed an object"), ("\udcff", "not a line of JSON"), ('{"input": "a fox", "edit": "x"}', "lacks output"),
     ('{"input": "a fox", "edit": 3, "output": "a cat"}', "lacks edit"),
     ('{"input": "a fox", "edit": "leave it", "output": "A fox."}', "the edited caption is the caption")])
 def test_bad_triples_are_reported_in_one_line(tmp_path, line, complaint):
     file = tmp_path / "bad.jsonl"
-    file.write_text('{"input": "a fox", "edit": "make it night", "output": "a fox at night"}\n' + line + "\n")
+    text = '{"input": "a fox", "edit": "make it night", "output": "a fox at night"}\n' + line + "\n"
+    file.write_bytes(text.encode("utf-8", "surrogateescape"))                         # one of them is not UTF-8
     with pytest.raises(ValueError, match=complaint) as error:
         read_triples([file])
     assert str(error.value).startswith(f"{file}:2: ") and "\n" not in str(error.value)
@@ -92,7 +93,7 @@ def test_captions_are_read_from_every_kind_of_file(tmp_path, name, text, encodin
 @pytest.mark.parametrize("name, content", [("c.txt", b"a caf\xe9"), ("c.jsonl", b'{"caption": "\xe9"}'), ("c.csv", b'TEXT\n"' + b"a" * 200_000)])
 def test_captions_that_cannot_be_read_are_one_line(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name}: cannot be read as .* in UTF-8") as error:
+    with pytest.raises(ValueError, match=f"{name}:(1: not a line of JSON| cannot be read as .* in UTF-8)") as error:
         list(read_captions(tmp_path / name))
     assert "\n" not in str(error.value)
 

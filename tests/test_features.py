@@ -163,6 +163,29 @@ def test_a_cache_goes_on_after_any_end(pairs, tmp_path, monkeypatch, writes):
         assert (again / name).read_bytes() == (whole / name).read_bytes() and os.path.getsize(again / name)
 
 
+@pytest.mark.parametrize("cuts", range(4))
+def test_a_stop_while_cutting_what_is_torn_loses_no_text(pairs, tmp_path, monkeypatch, cuts):
+    """A third of the examples is there, and a bit of the next; the run that goes on is stopped after so many cuts."""
+    whole, again = open_cache(pairs, tmp_path / "whole").folder, open_cache(pairs, tmp_path / "cache").folder
+    with open(again / "index.i32", "r+b") as index:
+        index.truncate(17 * 4)
+    truncate, left = os.truncate, [cuts]
+
+    def stopped(path, size):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        truncate(path, size)
+
+    monkeypatch.setattr(os, "truncate", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        open_cache(pairs, tmp_path / "cache")
+    monkeypatch.undo()
+    open_cache(pairs, tmp_path / "cache")
+    assert all((again / name).read_bytes() == (whole / name).read_bytes() for name in ("latents.f16", "contexts.f16", "texts.jsonl",
+                                                                                       "index.i32"))
+
+
 def test_what_could_not_be_read_for_a_moment_is_encoded_by_the_next_run(pairs, tmp_path):
     """As a network's disk fails: nothing has changed that a cache is named for."""
     whole, example = open_cache(pairs, tmp_path / "whole"), PairedDataset.example

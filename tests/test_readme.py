@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines() if line.strip()]
 TRAIN = "--steps 2 --batch-size 2 --score-examples 2 --device cpu"
+FEW_PAIRS = "--n-samples 2 --steps 2 --clip-threshold -1 --clip-dir-threshold -1 --clip-img-threshold -1"
 SMALLER = {              # the longest beginning of a command says what makes it small
     "python sample.py": "--steps 2", "python train.py": f"{TRAIN} --block 4 --reuse 1",
     "python train.py --base": f"{TRAIN} --accumulate 1 --views 1 --size 64", "torchrun": f"{TRAIN} --accumulate 1 --size 64",
@@ -24,7 +25,8 @@ SMALLER = {              # the longest beginning of a command says what makes it
     "python -m ip2p.evaluate curve": "--count 2 --steps 2 --cfg-image 1.5 --strengths 0.5 --shares 0.5",
     "python -m ip2p.evaluate pairs": "--count 2 --steps 2 --shares 0.5",
     "python -m ip2p.bench": "--batch-size 1 --steps 1 --repeats 1 --size 64",
-    "python make_data.py": "--num-captions 3 --n-samples 2 --steps 2 --clip-threshold -1 --clip-dir-threshold -1 --clip-img-threshold -1",
+    "python make_data.py": f"--num-captions 3 {FEW_PAIRS}",
+    "python make_data.py --model": f"{FEW_PAIRS} --clip weights/mini-clip.safetensors",
     "python -m pytest": "--collect-only"}
 ELSEWHERE = {"python train.py --stage all --data world": "test_train_all.py"}
 
@@ -52,6 +54,7 @@ def folder(tmp_path_factory):
                 Image.new("RGB", (80, 64), color).save(folder / f"pairs/{i}-{name}.png")
             rows.write(json.dumps(dict(input_image=f"{i}-before.png", edited_image=f"{i}-after.png", edit="make it blue")) + "\n")
     Image.new("RGB", (96, 64), "green").save(folder / "photo.jpg")
+    (folder / "edits.jsonl").write_text(json.dumps(dict(caption="a fox", edit="make it night", output="a fox at night")) + "\n")
     return folder
 
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -183,6 +184,28 @@ def test_an_editor_is_trained_on(command, tmp_path):
     assert code == 0, complaint
     torch.testing.assert_close(weights(tmp_path / "second"), weights(tmp_path / "run"), rtol=0, atol=1e-7)
     assert json.loads(said.splitlines()[-1])["base"]["steps"] == 20
+
+
+def test_what_is_stored_once_is_found_by_editors_of_editors(base, command, tmp_path):
+    """A miniature beside its base, then one from that: the autoencoder of both is in the base's file."""
+    (tmp_path / "run").mkdir()
+    start = tmp_path / "run" / "mini-sd.safetensors"
+    save_checkpoint(load_checkpoint(base), start, metadata=dict(data="ip2p.world"))
+    few = "--preset", "miniature", "--no-train-text", "--steps", 1, "--lr", 1e-4
+    for start in (start, tmp_path / "run" / "first.safetensors"):
+        code, _, complaint = run(command(*few, start=("--base" if "sd" in start.name else "--init", start)))
+        assert code == 0, complaint
+        made = load_checkpoint(tmp_path / "run" / "mini-ip2p.safetensors")
+        assert made.metadata["shared"] == {"vae": "mini-sd.safetensors"}
+        (tmp_path / "run" / "mini-ip2p.safetensors").rename(tmp_path / "run" / "first.safetensors")
+        shutil.rmtree(tmp_path / "run" / "edit")
+
+
+def test_distilling_begins_with_the_scales_and_the_editor_at_hand(base, tmp_path):
+    save_checkpoint(load_checkpoint(base, in_channels=8), tmp_path / "ip2p.safetensors", metadata=dict(cfg_text=5.0, cfg_image=1.2))
+    args = train.parse(["--stage", "distill", "--data", "world", "--out", str(tmp_path)])
+    train.open_base(args)
+    assert (args.init, args.cfg_text, args.cfg_image) == (tmp_path / "ip2p.safetensors", 5.0, 1.2)
 
 
 def test_a_model_that_is_no_miniature_needs_data(base):
