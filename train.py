@@ -15,6 +15,7 @@ command is repeated. --preset sets defaults that flags override:
 import argparse
 import json
 import math
+import os
 import signal
 import sys
 from contextlib import contextmanager, nullcontext
@@ -438,7 +439,9 @@ def parse(argv=None):
     flag("--views", type=int, help=f"views of each prompt (one of its pairs, mirrored or not, cropped) to encode once and "
          f"cache on disk, which epochs use in turn; 0 encodes a new one in each epoch {own}")
     flag("--cache", type=Path, default=Path("runs/cache"), help="where (default: %(default)s)")
-    flag("--workers", type=int, default=0, help="processes that decode pictures (default: none but the main one)")
+    beside = min(8, (os.cpu_count() or 1) // distributed.launched()) if torch.cuda.is_available() else 0
+    flag("--workers", type=int, default=beside, help="processes that decode pictures beside the main one (default: %(default)s; "
+         "where there is a GPU as many as cores, up to 8)")
     flag("--dropout", type=float, default=0.05, help="share of examples that lose the text alone; as many lose both, as "
          "many the image alone (default: %(default)s)")
     flag("--image-dropout", action=switch, default=True, help="whether image latents are dropped at all (default: yes)")
