@@ -22,7 +22,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) ->
     0.2%); and other devices, where the queries go in chunks, but for texts (`causal`), which are short.
     """
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))     # (B, heads, tokens, C / heads)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+    compiled = torch.compiler.is_compiling() and not q.requires_grad                # where many small products take long to compile
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not compiled:
         out = attend_by_products(q, k, v, causal)
     elif causal or q.device.type in ("cpu", "cuda"):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
