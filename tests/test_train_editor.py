@@ -22,7 +22,7 @@ from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
-from ip2p import InstructPix2Pix
+from ip2p import InstructPix2Pix, presets
 from ip2p.checkpoint import Parts, load_checkpoint, save_checkpoint
 from ip2p.clip_filter import import_open_clip
 from ip2p.data import PairedDataset
@@ -343,14 +343,14 @@ def test_memory_of_the_presets_is_what_the_parameters_make_it():
         unet = UNet(UNetConfig(in_channels=8))
     count = sum(p.numel() for p in unet.parameters())
     copies = 2 * sum(p.numel() for p in unet.parameters() if p.ndim > 1)
-    GB, told = 1e9, dict(re.findall(r"^  (\w+) .*?([\d.]+) GB", train.ABOUT_PRESETS, re.M))
+    GB, told = 1e9, dict(re.findall(r"^  (\w+) .*?([\d.]+) GB", presets.ABOUT_PRESETS, re.M))
     assert count == 859_532_484
-    rows = {name: p["batch_size"] / p["accumulate"] for name, p in train.PRESETS.items()}
+    rows = {name: p["batch_size"] / p["accumulate"] for name, p in presets.PRESETS.items()}
     assert float(told["paper"]) == pytest.approx(20 * count / GB + 0.8 + rows["paper"] / 8 * (0.14 + 0.2), abs=0.1)
     assert float(told["24gb"]) == pytest.approx((20 * count + copies) / GB + 0.8 + rows["24gb"] * 0.09, abs=0.1)
     assert float(told["12gb"]) == pytest.approx((8 * count + copies) / GB + rows["12gb"] * 0.09, abs=0.1)
     assert float(told["24gb"]) < 24 and float(told["12gb"]) < 12
-    distilling = {name: train.defaults(train.parse(["--stage", "distill", "--preset", name])) for name in told}
+    distilling = {name: presets.defaults(train.parse(["--stage", "distill", "--preset", name])) for name in told}
     assert {name for name, settings in distilling.items() if settings["offload"]} == {"12gb"}
 
 
@@ -402,5 +402,5 @@ def test_the_papers_average_is_taken_four_times_a_step():
     average = 0.0
     for _ in range(4):
         average = 0.9999 * average + 0.0001
-    assert average == pytest.approx(1 - train.PAPER["ema_decay"], rel=1e-3)
-    assert train.PAPER["accumulate"] == 4 and math.isclose(train.PAPER["batch_size"] / 8 / 4, 32)
+    assert average == pytest.approx(1 - presets.PAPER["ema_decay"], rel=1e-3)
+    assert presets.PAPER["accumulate"] == 4 and math.isclose(presets.PAPER["batch_size"] / 8 / 4, 32)
