@@ -69,7 +69,8 @@ def main(args):
         names = ["strength"] if args.method == "sdedit" else ["source_prompt", "cross_steps", "self_steps", "blend"]
         record = settings | {name: getattr(args, name) for name in names}
     record |= dict(method=args.method, cfg_text=cfg_text if args.grid else cfg_text[0],
-                   model=name_of(args.model), vae=args.vae and name_of(args.vae), parameterization=args.parameterization, dtype=args.dtype)
+                   model=name_of(args.model), vae=args.vae and name_of(args.vae),
+                   parameterization=args.parameterization, dtype=args.dtype)
     print(" ".join(f"{k}={v!r}" for k, v in record.items()), f"seed={args.seed} device={args.device}", flush=True)
     note_prompts(model.tokenizer, args)
     if args.compile:

@@ -16,8 +16,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) ->
     q: (B, Q, C); k, v: (B, K, C). causal: no token sees later ones. Returns (B, Q, C).
     PyTorch's fused kernels do it without holding all logits in memory, and keep them in float32 (Stable Diffusion 2.1's
     overflow float16). On a CPU, and on CUDA by PyTorch's source, they take every head of this project, the autoencoder's 512
-    wide too, if each token's numbers lie side by side, as a transposed feature map's do not. There are two exceptions, neither
-    of which holds all logits either, unless for their gradients: bfloat16 on a CPU, where plain products of a few heads or queries
+    wide too, if each token's numbers lie side by side, as a transposed feature map's do not. There are two exceptions, which
+    hold few logits too, unless gradients need them: bfloat16 on a CPU, where plain products of a few heads or queries
     at a time are about twice as fast, and four times backwards (with logits in bfloat16: a relative error of 0.5 to 1% in place of
     0.2%); and other devices, where the queries go in chunks, but for texts (`causal`), which are short.
     """

@@ -135,7 +135,7 @@ def _some(names):
 
 
 def checksum(tensors: keys.Tensors) -> int:
-    """CRC-32 of the names' tensors, to tell whether they are still the same."""
+    """CRC-32 of all numbers, in the order of their names: whether they are still the same."""
     total = 0
     for name in sorted(tensors):
         total = zlib.crc32(tensors[name].contiguous().flatten().view(torch.uint8).numpy(), total)
@@ -287,11 +287,13 @@ def save_checkpoint(parts: Parts, path, layout="ldm", metadata=None, shared=None
         raise ValueError(f"`shared` must give parts ({', '.join(MODELS)}) the plain name of a file in the same folder, got "
                          f"{shared!r}")
 
-    tensors = {f"model.diffusion_model.{name}": t for name, t in parts.unet.state_dict().items()}
+    others = {part: _read_file(path.parent / name, use_shared=False).tensors[part] for part, name in shared.items()}
+    stored = others.get("unet", {})
+    tensors = {f"model.diffusion_model.{name}": t for name, t in parts.unet.state_dict().items()
+               if name not in stored or not torch.equal(t.cpu().to(dtype or t.dtype), stored[name].to(dtype or t.dtype))}
     record["unet"] = asdict(parts.unet.config)
     if shared:
-        others = {part: _read_file(path.parent / name, use_shared=False).tensors[part] for part, name in shared.items()}
-        record |= dict(shared=shared, shared_sums={part: checksum(tensors) for part, tensors in others.items()})
+        record |= dict(shared=shared, shared_sums={part: checksum(found) for part, found in others.items()})
     if "vae" not in shared:
         record["vae"] = asdict(parts.vae.config)
         tensors |= {f"first_stage_model.{name}": t for name, t in parts.vae.state_dict().items()}
@@ -302,10 +304,6 @@ def save_checkpoint(parts: Parts, path, layout="ldm", metadata=None, shared=None
             prefix, text = "cond_stage_model.transformer.", keys.text_to_hf(text)
         tensors |= {prefix + name: t for name, t in text.items()}
     tensors = {name: t.to(dtype or t.dtype) for name, t in tensors.items()}
-    if "unet" in shared:
-        other = read_state_dict(path.parent / shared["unet"])[0]
-        tensors = {name: t for name, t in tensors.items() if not name.startswith("model.diffusion_model.")
-                   or name not in other or not torch.equal(t.cpu(), other[name].to(t.dtype))}
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         if path.suffix == ".safetensors":
