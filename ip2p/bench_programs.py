@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .checkpoint import Parts, load_checkpoint
 from .clip_filter import import_open_clip
+from .command_line import keep_freed_memory
 from .distributed import DTYPES
 from .guidance import dropout_masks
 from .pipeline import InstructPix2Pix
@@ -63,6 +64,7 @@ def inputs(pictures, size, z_channels, downsampling):
 
 def edit_by_ip2p(path, device, dtype, compiled=False, low_memory=False):
     """edit(pictures, size, steps, cfg_text, cfg_image) -> (pictures, size, size, 3) uint8, by `InstructPix2Pix.edit`."""
+    keep_freed_memory()                                                    # as every command of ip2p does
     model = InstructPix2Pix.load(path, device, DTYPES[dtype], low_memory=low_memory)
     if compiled:
         model.unet.forward = torch.compile(model.unet.forward)             # as sample.py --compile
@@ -146,6 +148,7 @@ def pair_settings(args):
 
 def draw_by_ip2p(folder, args):
     """draw(control) -> (2 B, 3, size, size) pixels, sources first, by `draw_pairs`."""
+    keep_freed_memory()
     model = InstructPix2Pix.load(folder, args.device, DTYPES[args.dtype])
     *texts, seeds, shares = pair_settings(args)
 
@@ -244,6 +247,7 @@ def draws(number, args, shape):
 
 def train_by_ip2p(folder, args, cached):
     """cached: latents and text features come in half precision from memory, as they do from `CachedPairs`."""
+    keep_freed_memory()
     gpu = args.device.startswith("cuda")
     model = InstructPix2Pix.load(folder, args.device)
     layout = torch.channels_last if gpu else torch.contiguous_format

@@ -1,6 +1,7 @@
 """How the commands end: one line on stderr for what their user can put right, and an exit status that tells."""
 import argparse
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -73,3 +74,17 @@ def test_a_flag_out_of_bounds_is_one_line(text, said, capsys):
 def test_an_unknown_flag_is_one_line(script):
     done = subprocess.run([sys.executable, *script.split(), "--colour"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the option is glibc's")
+def test_commands_keep_the_memory_of_freed_tensors():
+    code = ("import re, torch; from ip2p.command_line import exit_status\n"
+            "def megabytes(): return int(re.search(r'VmRSS:\\s*(\\d+)', open('/proc/self/status').read())[1]) // 1024\n"
+            "def use_and_free():\n"
+            "    before, x = megabytes(), torch.ones(64 * 2 ** 20 // 4)\n"
+            "    del x\n"
+            "    print(megabytes() - before)\n"
+            "use_and_free()\n"
+            "exit_status('x', use_and_free, '')")
+    given_back, kept = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert int(given_back) < 10 and int(kept) > 60
