@@ -36,7 +36,7 @@ from ip2p.lessons import announce, data_batches, encoders, open_data, open_pairs
 from ip2p.miniature import train_base, train_clip, train_scorer, train_vae
 from ip2p.presets import ABOUT_PRESETS, PRESETS, defaults
 from ip2p.stages import Pool, diffusion_loss, draw_timesteps, history, is_miniature, is_settling, run, to_device
-from ip2p.tensorfiles import read_state_dict
+from ip2p.tensorfiles import read_state_dict, small_dtype
 from ip2p.training import seeded
 from ip2p.world import World
 
@@ -150,7 +150,7 @@ def train_edit(args, base):
                    per_kind=min(6, args.score_examples))
         if small:
             record |= score_edits(editor, world, args)
-        save_checkpoint(editor.parts, path, metadata=record, dtype=torch.float16 if small else None, shared=shared)
+        save_checkpoint(editor.parts, path, metadata=record, dtype=small_dtype if small else None, shared=shared)
     announce(path)
     return record
 

@@ -17,7 +17,7 @@ import torch
 
 from . import keys
 from .diffusers_folder import FOLDER, PREDICTION, read_folder, read_vae, write_folder
-from .tensorfiles import read_state_dict, replacing, write_safetensors
+from .tensorfiles import cast, read_state_dict, replacing, write_safetensors
 from .text import TextConfig, TextEncoder
 from .unet import UNet, UNetConfig
 from .vae import AutoencoderKL, VAEConfig
@@ -258,7 +258,7 @@ def save_checkpoint(parts: Parts, path, layout="ldm", metadata=None, shared=None
     layout: "ldm" for one file in the original's layout (.safetensors; .ckpt, .pt and .pth are pickles), "diffusers" for
     a folder. metadata: the training record to write, `parts.metadata` if None. shared: parts to leave out because a file in
     the same folder holds them, such as {"vae": "sd.safetensors"}; of a UNet, what differs from that file's is written.
-    dtype: of the numbers in a single file; the models' own if None.
+    dtype: of the numbers in a single file, as `cast` takes it; the models' own if None.
     The old file or folder is replaced only once the new one is complete. ValueError for what cannot be written.
     """
     path = Path(path)
@@ -290,7 +290,7 @@ def save_checkpoint(parts: Parts, path, layout="ldm", metadata=None, shared=None
     others = {part: _read_file(path.parent / name, use_shared=False).tensors[part] for part, name in shared.items()}
     stored = others.get("unet", {})
     tensors = {f"model.diffusion_model.{name}": t for name, t in parts.unet.state_dict().items()
-               if name not in stored or not torch.equal(t.cpu().to(dtype or t.dtype), stored[name].to(dtype or t.dtype))}
+               if name not in stored or not torch.equal(cast(name, t.cpu(), dtype), cast(name, stored[name], dtype))}
     record["unet"] = asdict(parts.unet.config)
     if shared:
         record |= dict(shared=shared, shared_sums={part: checksum(found) for part, found in others.items()})
@@ -303,7 +303,7 @@ def save_checkpoint(parts: Parts, path, layout="ldm", metadata=None, shared=None
         if config.quick_gelu:
             prefix, text = "cond_stage_model.transformer.", keys.text_to_hf(text)
         tensors |= {prefix + name: t for name, t in text.items()}
-    tensors = {name: t.to(dtype or t.dtype) for name, t in tensors.items()}
+    tensors = {name: cast(name, t, dtype) for name, t in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         if path.suffix == ".safetensors":

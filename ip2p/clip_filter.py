@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tensorfiles import read_state_dict, replacing, write_safetensors
+from .tensorfiles import read_state_dict, replacing, small_dtype, write_safetensors
 from .text import TextConfig, Tokenizer
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)     # OpenAI's, of pixels in [0, 1]
@@ -56,8 +56,8 @@ def build_clip(config: dict) -> torch.nn.Module:
 
 
 def save_clip(clip, config: dict, path, record: dict):
-    """Write a CLIP as float16 safetensors, with its configuration and training record in the metadata."""
-    tensors = {name: tensor.half() for name, tensor in clip.state_dict().items()}
+    """Write a CLIP as small safetensors, with its configuration and training record in the metadata."""
+    tensors = {name: tensor.to(small_dtype(name, tensor)) for name, tensor in clip.state_dict().items()}
     with replacing(path) as temporary:
         write_safetensors(temporary, tensors, {"ip2p": json.dumps({"clip": config, **record})})
 

@@ -20,6 +20,7 @@ from .lessons import announce, encoders, open_data, open_pairs, save_sheet, scor
 from .pipeline import InstructPix2Pix
 from .samplers import ddim_sample, ddim_timesteps
 from .stages import Pool, alphas_on, history, is_miniature, run, to_device
+from .tensorfiles import small_dtype
 from .training import seeded
 from .unet import UNet
 from .world import World
@@ -141,6 +142,6 @@ def train_distill(args, base):
     if small and args.init.resolve().parent == args.out.resolve():                      # what both have is stored once
         shared = base.metadata.get("shared", {}) | {"text": args.init.name, "unet": args.init.name}
     path = args.out / ("mini-ip2p-fast.safetensors" if small else "ip2p-fast.safetensors")
-    save_checkpoint(editor.parts, path, metadata=record, dtype=torch.float16 if small else None, shared=shared)
+    save_checkpoint(editor.parts, path, metadata=record, dtype=small_dtype if small else None, shared=shared)
     announce(path)
     return record

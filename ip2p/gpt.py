@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .tensorfiles import read_state_dict, replacing, write_safetensors
+from .tensorfiles import cast, read_state_dict, replacing, write_safetensors
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,8 @@ def load_gpt(path: str | Path, device=None, dtype=None) -> tuple[GPT, dict]:
 
 
 def save_gpt(model: GPT, path: str | Path, record: dict, dtype=None):
-    """Write a GPT-2 as safetensors under the public names, with its record and sizes in the metadata."""
-    tensors = {name: t.to(dtype or t.dtype) for name, t in model.state_dict().items()}
+    """Write a GPT-2 as safetensors under the public names, with its record and sizes in the metadata. dtype: see
+    `cast`."""
+    tensors = {name: cast(name, t, dtype) for name, t in model.state_dict().items()}
     with replacing(path) as temporary:
         write_safetensors(temporary, tensors, {"ip2p": json.dumps({**record, "gpt": asdict(model.config)})})

@@ -12,6 +12,7 @@ from .edits import EditWriter, completion_loss, make_completion, make_prompt, re
 from .encodings import pack_encoding, train_encoding
 from .gpt import GPT, GPTConfig, save_gpt
 from .stages import run
+from .tensorfiles import small_dtype
 from .world import SPLITS
 from .world_reader import judge, relexicalize
 
@@ -82,7 +83,7 @@ def train_edits(args, world):
     record = run(args, model, loss_fn, learns_from=learns_from)
     record |= dict(triples=len(triples), verbatim=not readable, pretrain_steps=first,
                    scores=score_writer(writer, world, args), encoding=pack_encoding(encoding))
-    save_gpt(model, args.out / "mini-gpt.safetensors", record, dtype=torch.float16)
+    save_gpt(model, args.out / "mini-gpt.safetensors", record, dtype=torch.float16 if args.base else small_dtype)
     return {k: v for k, v in record.items() if k != "encoding"}
 
 

@@ -17,7 +17,7 @@ from .images import contact_sheet, save_image, to_images
 from .pipeline import InstructPix2Pix
 from .scorer import build_scorer, load_scorer, read_scene, save_scorer, score_scorer, scorer_loss, soften
 from .stages import Pool, diffusion_loss, draw_timesteps, history, is_settling, latent_moments, run, to_device
-from .tensorfiles import read_state_dict
+from .tensorfiles import read_state_dict, small_dtype
 from .text import TextConfig, TextEncoder, Tokenizer
 from .training import seeded
 from .truth import psnr, through
@@ -169,7 +169,7 @@ def train_base(args, world):
     record["held_out_loss"] = round(loss.item(), 4)
     record |= dict(cfg_text=args.cfg_text, autoencoder=history(read_state_dict(args.out / "vae.safetensors")[1]))
     record |= {"init": history(begun.metadata)} if args.init else {}
-    save_checkpoint(parts, args.out / "mini-sd.safetensors", metadata=record, dtype=torch.float16)
+    save_checkpoint(parts, args.out / "mini-sd.safetensors", metadata=record, dtype=small_dtype)
     return record
 
 

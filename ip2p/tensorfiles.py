@@ -14,6 +14,7 @@ import math
 import mmap
 import os
 import pickle
+import re
 import shutil
 import struct
 import sys
@@ -283,6 +284,18 @@ def replacing(path):
                 shutil.rmtree(leftover)
             else:
                 leftover.unlink(missing_ok=True)
+
+
+def small_dtype(name: str, tensor: Tensor) -> torch.dtype:
+    """How the miniature's numbers are stored: in float16, but the matrices in the layers of CLIP, of its text encoder and of
+    GPT-2 in float8 (e4m3), whose rounding their scores do not notice."""
+    inner = tensor.ndim == 2 and re.search(r"\b(resblocks|h)\.\d+\.", name)
+    return torch.float8_e4m3fn if inner else torch.float16
+
+
+def cast(name: str, tensor: Tensor, dtype) -> Tensor:
+    """A tensor as the dtype to store it in, which may be a function of name and tensor, such as `small_dtype`, or None."""
+    return tensor.to((dtype(name, tensor) if callable(dtype) else dtype) or tensor.dtype)
 
 
 def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict[str, str]):

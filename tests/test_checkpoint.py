@@ -13,6 +13,7 @@ from checkpoints import error_of, public, published_like, randomised, relative_e
 
 from ip2p import keys
 from ip2p.checkpoint import load_checkpoint, load_vae, read_state_dict, save_checkpoint, save_vae
+from ip2p.tensorfiles import small_dtype
 from ip2p.text import TextEncoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -197,6 +198,23 @@ def test_saving_at_another_precision(tmp_path, saved):
         loaded = load_checkpoint(tmp_path / name)
         assert torch.equal(loaded.unet.out[2].weight, parts.unet.out[2].weight.half().float())
     assert parts.unet.out[2].weight.dtype == torch.float32
+
+
+def test_the_miniature_is_stored_small(tmp_path):
+    """A text encoder's matrices in 8 bits, a power of two and 3 bits of fraction each: they round by a sixteenth at most, down
+    to 2^-6, and below it by half of 2^-9."""
+    parts = tiny("sd2")
+    save_checkpoint(parts, tmp_path / "m.safetensors", dtype=small_dtype)
+    stored, _ = read_state_dict(tmp_path / "m.safetensors")
+    eight = {name for name, t in stored.items() if t.dtype == torch.float8_e4m3fn}
+    inner = [f"cond_stage_model.model.transformer.resblocks.{i}.{name}" for i in range(parts.text.config.layers)
+             for name in ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")]
+    assert eight == set(inner) and {t.dtype for name, t in stored.items() if name not in eight} == {torch.float16}
+    loaded = load_checkpoint(tmp_path / "m.safetensors")
+    for name, weight in parts.text.state_dict().items():
+        error, rounded = (loaded.text.state_dict()[name] - weight).abs(), f"cond_stage_model.model.{name}" in eight
+        assert (error <= (weight.abs().clamp(min=2 ** -6) / 16 if rounded else weight.abs() / 1024 + 1e-7)).all()
+        assert not rounded or error.any()
 
 
 def test_a_link_to_a_folder_is_replaced_and_nothing_is_left_behind(tmp_path, saved):
