@@ -10,7 +10,8 @@ STAGES = {              # what made the shipped weights, but for base, scorer an
     "scorer": ALWAYS | dict(steps=3000, batch_size=64, ema_decay=0.998, reuse=3),
     "edits": ALWAYS | dict(steps=3500, batch_size=32, ema_decay=0.995, pretrain_steps=300),
     "distill": ALWAYS | dict(steps=600, batch_size=96, ema_decay=0.99, warmup=20, cooldown=0.7, block=1024, reuse=20, views=8,
-                             train_text=False, freeze=["input_blocks", "middle_block", "output_blocks.0."]),
+                             train_text=False,
+                             freeze=["input_blocks", "middle_block", "output_blocks.0.", "output_blocks.1."]),
 }
 
 # Memory of Stable Diffusion 1.5's UNet, 859.5 M parameters, for pictures of 256 x 256; computed, in GB of 1e9 bytes:
