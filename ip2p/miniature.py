@@ -114,9 +114,9 @@ def train_clip(args, world):
 
 # ---- the text-to-image base
 
-UNET = UNetConfig(in_channels=VAE.z_channels, out_channels=VAE.z_channels, model_channels=64, channel_mult=(1, 2, 2),
+UNET = UNetConfig(in_channels=VAE.z_channels, out_channels=VAE.z_channels, model_channels=128, channel_mult=(1, 1, 1),
                   num_res_blocks=1, attention_levels=(True, True, True), context_dim=TEXT.width, num_heads=None,
-                  head_channels=32)
+                  head_channels=32)                  # weights/mini-sd, which is older, has 64 channels in its first level
 
 
 def train_base(args, world):
