@@ -131,13 +131,13 @@ def import_pyplot():
 
 
 def plot(plt, rows, path):
-    """A line for each method, its settings beside its points."""
+    """A line for each method, its first and last setting beside their points."""
     figure, axes = plt.subplots(figsize=(7, 5), dpi=120)
     for method, (name, setting) in METHODS.items():
         points = [row for row in rows if row["method"] == method]
         x, y = ([row[key] for row in points] for key in ("sim_image", "sim_direction"))
         axes.plot(x, y, marker="o" if setting else "*", label=f"{name} ({setting})" if setting else name)
-        for row, *place in zip(points, x, y):
+        for row, *place in [*zip(points, x, y)][::max(1, len(points) - 1)]:
             axes.annotate(setting_of(row), place, xytext=(4, 4), textcoords="offset points", fontsize=7)
     axes.set(xlabel="CLIP image similarity: still the same picture", ylabel="CLIP direction similarity: changed as asked")
     axes.grid(alpha=.3)
