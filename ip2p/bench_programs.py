@@ -64,7 +64,7 @@ def inputs(pictures, size, z_channels, downsampling):
 
 def edit_by_ip2p(path, device, dtype, compiled=False, low_memory=False):
     """edit(pictures, size, steps, cfg_text, cfg_image) -> (pictures, size, size, 3) uint8, by `InstructPix2Pix.edit`."""
-    keep_freed_memory()                                                    # as every command of ip2p does
+    keep_freed_memory()                                                    # here and below: as ip2p's commands do
     model = InstructPix2Pix.load(path, device, DTYPES[dtype], low_memory=low_memory)
     if compiled:
         model.unet.forward = torch.compile(model.unet.forward)             # as sample.py --compile

@@ -56,7 +56,7 @@ def build_clip(config: dict) -> torch.nn.Module:
 
 
 def save_clip(clip, config: dict, path, record: dict):
-    """Write a CLIP as small safetensors, with its configuration and training record in the metadata."""
+    """Write a CLIP as safetensors of `small_dtype`, with its configuration and training record in the metadata."""
     tensors = {name: tensor.to(small_dtype(name, tensor)) for name, tensor in clip.state_dict().items()}
     with replacing(path) as temporary:
         write_safetensors(temporary, tensors, {"ip2p": json.dumps({"clip": config, **record})})

@@ -60,8 +60,8 @@ def exit_status(name: str, command: Callable, short_of_memory: str, stopped: str
 
 
 def keep_freed_memory():
-    """On Linux: keep the memory of freed tensors for the next ones. Given back to the system each time, as the C library
-    does with large ones, it comes back page by page and cleared, for a tenth of the time of a training step on a CPU."""
+    """On Linux: keep the memory of freed tensors for the next ones. The C library gives that of large ones back to the system
+    and takes it anew, cleared page by page, which costs a tenth of a training step on a CPU. More of it is held so."""
     try:
         set_option = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):               # another C library

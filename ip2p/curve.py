@@ -137,7 +137,8 @@ def plot(plt, rows, path):
         points = [row for row in rows if row["method"] == method]
         x, y = ([row[key] for row in points] for key in ("sim_image", "sim_direction"))
         axes.plot(x, y, marker="o" if setting else "*", label=f"{name} ({setting})" if setting else name)
-        for row, *place in [*zip(points, x, y)][::max(1, len(points) - 1)]:
+        labelled = [*zip(points, x, y)]
+        for row, *place in labelled[:1] + labelled[1:][-1:]:
             axes.annotate(setting_of(row), place, xytext=(4, 4), textcoords="offset points", fontsize=7)
     axes.set(xlabel="CLIP image similarity: still the same picture", ylabel="CLIP direction similarity: changed as asked")
     axes.grid(alpha=.3)

@@ -287,8 +287,8 @@ def replacing(path):
 
 
 def small_dtype(name: str, tensor: Tensor) -> torch.dtype:
-    """How the miniature's numbers are stored: in float16, but the matrices in the layers of CLIP, of its text encoder and of
-    GPT-2 in float8 (e4m3), whose rounding their scores do not notice."""
+    """How the miniature's numbers are stored: in float16, but the matrices in the layers of CLIP, GPT-2 and text encoders in
+    float8 (e4m3: 3 bits of fraction), whose rounding their scores do not notice."""
     inner = tensor.ndim == 2 and re.search(r"\b(resblocks|h)\.\d+\.", name)
     return torch.float8_e4m3fn if inner else torch.float16
 
