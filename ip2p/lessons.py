@@ -10,8 +10,8 @@ from .text import Tokenizer
 from .truth import FIXED, is_fixed, psnr, through
 from .world import KINDS
 
-# How many of 25 lessons are of each kind: drawing things anew is harder to learn than changing the light.
-SHARES = dict(object=4, time=1, weather=1, season=1, place=3, color=3, add=3, remove=3, size=4, style=2)
+# How many of 27 lessons are of each kind: drawing things anew is harder to learn than changing the light.
+SHARES = dict(object=4, time=1, weather=1, season=1, place=3, color=3, add=3, remove=4, size=5, style=2)
 LESSONS = tuple(kind for kind, share in SHARES.items() for _ in range(share))
 
 
