@@ -1,105 +1,20 @@
-"""make_data.py: the published layout from start to end; any kill, any shards, the same files."""
-import importlib.util
+"""make_data.py: the published layout from start to end, and what is refused."""
 import json
-import os
-import random
-import select
 import shutil
-import signal
-import subprocess
-import sys
-import time
-import weakref
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from making_data import LOOSE, METADATA, PROMPTS, flags, make_data, rows, tree
+from making_data import cli, models, whole                     # fixtures
 from PIL import Image
 
 from ip2p import InstructPix2Pix
-from ip2p.checkpoint import Parts, save_checkpoint
-from ip2p.clip_filter import ClipSimilarity, Thresholds, build_clip, save_clip
+from ip2p.checkpoint import save_checkpoint
+from ip2p.clip_filter import ClipSimilarity, Thresholds
 from ip2p.data import PairedDataset, read_jsonl
 from ip2p.images import open_image, to_pixels
-from ip2p.text import TextConfig, TextEncoder
-from ip2p.unet import UNet, UNetConfig
-from ip2p.vae import AutoencoderKL, VAEConfig
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))                                  # where `python make_data.py` finds sample.py
-spec = importlib.util.spec_from_file_location("make_data", ROOT / "make_data.py")
-make_data = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(make_data)
-
-PROMPTS = [{"caption": "a fox in the snow", "edit": "make it rain", "output": "a fox in the rain", "url": "http://x"},
-           {"input": "a boat", "edit": "add a café", "output": "a boat and a café"},
-           {"caption": "a cat", "edit": "make it a dog", "output": "a dog"},
-           {"caption": "a hill", "edit": "make it night", "output": "a hill at night"},
-           {"caption": "a road", "edit": "as a sketch", "output": "a sketch of a road"}]
-METADATA = {"seed", "p2p_threshold", "cfg_scale", "clip_sim_0", "clip_sim_1", "clip_sim_dir", "clip_sim_image"}
-LOOSE = ["--clip-threshold", "-1", "--clip-dir-threshold", "-1", "--clip-img-threshold", "-1"]
-
-
-# ---- models of random weights, and the command
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("models")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        unet = UNet(UNetConfig(in_channels=4, model_channels=32, channel_mult=(1, 2), num_res_blocks=1,
-                               attention_levels=(True, True), context_dim=32, num_heads=2, norm_groups=8))
-        vae = AutoencoderKL(VAEConfig(channels=8, channel_mult=(1, 2, 2), num_res_blocks=1, norm_groups=4))
-        text = TextEncoder(TextConfig(vocab_size=514 + 200, context_length=16, width=32, layers=2, heads=2))
-        save_checkpoint(Parts(unet, vae, text, "eps", 32, {"cfg_text": 2.0}), folder / "sd.safetensors")
-        config = dict(embed_dim=24, vision_cfg=dict(image_size=32, patch_size=16, width=32, layers=1, head_width=16),
-                      text_cfg=dict(context_length=16, vocab_size=514 + 200, width=32, heads=2, layers=1))
-        clip = build_clip(config)
-        for p in clip.parameters():
-            torch.nn.init.normal_(p, std=0.3)
-        save_clip(clip, config, folder / "clip.safetensors", {})
-    lines = (json.dumps(prompt, ensure_ascii=False) + "\n" for prompt in PROMPTS)
-    (folder / "prompts.jsonl").write_text("".join(lines), encoding="utf-8")
-    return folder
-
-
-def flags(models, out, *more):
-    return [*map(str, ("--model", models / "sd.safetensors", "--clip", models / "clip.safetensors", "--prompts-file",
-                       models / "prompts.jsonl", "--out", out, "--device", "cpu", "--steps", 2, "--n-samples", 3,
-                       "--max-out-samples", 2, "--batch-size", 2, *LOOSE, *more))]
-
-
-@pytest.fixture
-def cli(models, tmp_path, capsys):
-    """Runs make_data.py on five prompts; later flags replace earlier ones. Returns its status, stdout, stderr."""
-    def run(*more, out=tmp_path / "out"):
-        try:
-            code = make_data.run(flags(models, out, *more))
-        except SystemExit as end:                              # argparse's
-            code = end.code
-        text = capsys.readouterr()
-        return SimpleNamespace(code=code, out=text.out, err=text.err)
-    return run
-
-
-@pytest.fixture(scope="module")
-def whole(models, tmp_path_factory):
-    """What one uninterrupted run writes."""
-    out = tmp_path_factory.mktemp("whole") / "out"
-    assert make_data.run(flags(models, out)) == 0
-    return out
-
-
-def tree(path):
-    """All files and folders below a folder, hidden ones too, with their bytes."""
-    return {str(p.relative_to(path)): p.read_bytes() if p.is_file() else None for p in path.rglob("*")}
-
-
-def rows(file):
-    return [row for _, row in read_jsonl(file)]
 
 
 def published_examples(path):
@@ -377,129 +292,6 @@ def test_edits_are_written_from_captions_then_drawn(cli, models, tmp_path, monke
         assert make_data.run([*argv, "--captions", "the world's", "--seed", "1", "--shard", shard]) == 2
         assert "holds edits made with other settings (captions was" in capsys.readouterr().err
     assert tree(tmp_path / "out") == then
-
-
-# ---- kills, shards, memory
-
-def start(models, out, *more, env=()):
-    """make_data.py as a process of its own."""
-    return subprocess.Popen([sys.executable, str(ROOT / "make_data.py"), *flags(models, out, *more)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | dict(env))
-
-
-FORKS = """
-import json, os, sys
-sys.path.insert(0, sys.argv[1])
-import ip2p.clip_filter, ip2p.pipeline, make_data
-ip2p.clip_filter.import_open_clip()
-print("ready", flush=True)
-for line in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1), os.dup2(1, 2)
-        os._exit(make_data.run(json.loads(line)))
-    print(pid, flush=True)
-    print(os.waitpid(pid, 0)[1], flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def forked():
-    """run(seconds, *argv) runs make_data.py, and kills it after so many seconds: its wait status, 9 if it was killed. The
-    runs are forks of one process that has imported what they need, so that many starts take little time."""
-    process = subprocess.Popen([sys.executable, "-c", FORKS, str(ROOT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-    assert process.stdout.readline() == b"ready\n"
-
-    def run(seconds, *argv):
-        process.stdin.write(json.dumps(argv).encode() + b"\n")
-        process.stdin.flush()
-        pid = int(process.stdout.readline())
-        if not select.select([process.stdout], [], [], seconds)[0]:
-            os.kill(pid, signal.SIGKILL)
-        return int(process.stdout.readline())
-
-    yield run
-    process.stdin.close()
-    process.wait()
-
-
-def test_killed_at_random_moments_it_writes_what_an_uninterrupted_run_writes(forked, models, tmp_path, whole):
-    out, rng, kills, began = tmp_path / "out", random.Random(0), 0, time.monotonic()
-    assert forked(99, *flags(models, tmp_path / "once")) == 0
-    duration = time.monotonic() - began
-    while forked(rng.uniform(0.02, 0.1) * (kills + 1) * duration, *flags(models, out)) == signal.SIGKILL:   # later and later
-        kills += 1
-        for folder in out.glob("0*"):                                      # whatever has its name is whole
-            assert len(list(folder.glob("*.jpg"))) == 4 and len(rows(folder / "metadata.jsonl")) == 2
-        assert kills < 100
-    assert kills >= 2 and tree(out) == tree(whole) == tree(tmp_path / "once")
-
-
-def test_filter_killed_at_random_moments_completes(forked, models, tmp_path, whole):
-    out, rng, argv, began = tmp_path / "out", random.Random(1), flags(models, tmp_path / "out"), time.monotonic()
-    assert forked(99, *argv, "--pairs-only") == 0
-    duration, ends = time.monotonic() - began, set()
-    for i in range(8):
-        ends.add(forked(rng.random() * i / 8 * duration, *argv, "--filter-only"))
-    assert signal.SIGKILL in ends and forked(99, *argv, "--filter-only") == 0
-    assert tree(out) == tree(whole)
-
-
-def test_told_to_stop_it_ends_well(models, tmp_path):
-    out = tmp_path / "out"
-    process = start(models, out, "--n-samples", 40)
-    while not (out / "0000000").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.terminate()                                                    # SIGTERM; Ctrl-C takes the same way
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and err.endswith("make_data.py: stopped; repeat the command to go on\n"), err
-    assert "Traceback" not in err and not list(out.glob(".*")) and (out / "seeds.json").exists()
-    assert make_data.run(["--check", str(out)]) == 0
-
-
-def test_shards_side_by_side_write_what_one_run_writes(models, tmp_path, whole):
-    out = tmp_path / "out"
-    torchrun = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
-    processes = [start(models, out, "--shard", "0/2"), start(models, out, env=torchrun)]
-    for process in processes:
-        assert process.wait(timeout=120) == 0, process.stderr.read()
-    assert tree(out) == tree(whole)
-
-
-def test_a_second_run_on_the_same_shard_is_refused(models, tmp_path, capsys, cli):
-    with make_data.holding(scratch := tmp_path / ".shard-0-of-1.tmp"):
-        (scratch / "file").touch()
-        assert make_data.run(["--filter-only", "--out", str(tmp_path)]) == 2                    # holds no pairs
-        assert make_data.run(["--edits-only", "--out", str(tmp_path)]) == 2
-        assert "another run is at work there" in capsys.readouterr().err and (scratch / "file").exists()
-    assert not scratch.exists()
-
-
-def test_shards_one_after_the_other(cli, tmp_path, whole):
-    for i in (2, 0, 1):
-        assert cli("--shard", f"{i}/3").code == 0
-        assert cli("--check", tmp_path / "out").code == 0
-    assert tree(tmp_path / "out") == tree(whole)
-
-
-def test_memory_does_not_grow_with_the_number_of_samples(cli, monkeypatch, tmp_path):
-    """At any time at most two batches of pixels live: one that is drawn while the last is still held."""
-    living, most, drawn = weakref.WeakSet(), [], []
-
-    def draw_pairs(self, captions, edited, seeds, shares, scales, **settings):
-        pixels = torch.rand(2, len(seeds), 3, 32, 32, generator=torch.Generator().manual_seed(seeds[0])) * 2 - 1
-        living.add(pixels)
-        most.append(len(living))
-        drawn.append(len(seeds))
-        return pixels.unbind()
-
-    monkeypatch.setattr(InstructPix2Pix, "draw_pairs", draw_pairs)
-    monkeypatch.setattr(make_data, "SHOWN", 0)
-    assert cli("--n-samples", 101, "--batch-size", 4, "--clip-threshold", 1, "--shard", "0/5").code == 0
-    assert sum(drawn) == 101 and max(drawn) == 4 and max(most) <= 2
-    assert not list((tmp_path / "out").glob("**/*.jpg"))
 
 
 # ---- what cannot work
