@@ -29,6 +29,7 @@ from ip2p.command_line import PARAMETERIZATION, Parser, exit_status, within
 from ip2p.data import (find_pictures, keep_pictures, list_seeds, prompt_texts, read_json, read_jsonl, write_file, write_rows,
                        write_sheet)
 from ip2p.distributed import DTYPES, choose_device, locked
+from ip2p.features import hash_weights
 from ip2p.images import open_image, to_images, to_pixels
 from ip2p.stages import is_miniature
 
@@ -90,6 +91,7 @@ def write_edits(args):
     """OUT/edits.jsonl, by the language model. Of several shards the first writes, the others wait for edits.json."""
     from ip2p.edits import EditWriter, generate_edits, read_captions, world_captions
     from ip2p.world import World
+    from ip2p.world_reader import read
     settings = dict(num_captions=args.num_captions, captions=args.captions or "the world's", gpt=Path(args.gpt).name,
                     seed=args.seed)
     path = args.out / "edits.json"
@@ -103,9 +105,13 @@ def write_edits(args):
             time.sleep(1)
     if is_written():
         return
-    captions = read_captions(args.captions) if args.captions else world_captions(World(), args.seed)
+    if args.captions:
+        captions, admit = read_captions(args.captions), None
+    else:                                                            # what scores are of is not to be learned from
+        world = World()
+        captions, admit = world_captions(world, args.seed), lambda text: not ((scene := read(text)) and world.holds_out(scene))
     report = generate_edits(EditWriter.load(args.gpt, args.device), captions, args.out / "edits.jsonl", seed=args.seed,
-                            count=args.num_captions)
+                            count=args.num_captions, admit=admit)
     write_file(path, json.dumps(settings | report, indent=1, ensure_ascii=False), args.scratch)
     print(f"{report['accepted']} edits of {report['tried']} captions, {report['instructions']} different instructions; "
           f"kinds: {report['kinds']}")
@@ -124,7 +130,7 @@ def draw_pairs(args):
     limits = choose_thresholds(args)
     told = {k: v for k, v in vars(args).items() if v not in (None, False) and k not in ("scratch", "torch_dtype")}
     print(" ".join(f"{k}={v}" for k, v in told.items()), limits, flush=True)
-    begin_or_continue(args, limits)
+    begin_or_continue(args, limits, model)
     prompts = [(name, prompt) for name, prompt in prompts if not is_done(args.out / name, prompt)]
     judge = None if args.pairs_only else ClipSimilarity.load(args.clip, args.device)
 
@@ -182,16 +188,17 @@ def choose_thresholds(args):
     return Thresholds(**given) if len(given) == 3 else replace(Thresholds.of(args.clip), **given)
 
 
-def begin_or_continue(args, limits):
+def begin_or_continue(args, limits, model):
     """Store what decides on the pairs as OUT/settings.json; ValueError if OUT was begun with something else."""
     drawn = ("seed", "steps", "n_samples", "min_p2p", "max_p2p", "min_cfg", "max_cfg", "control", "sampler", "dtype", "miniature",
              "parameterization")
     new = {name: getattr(args, name) for name in drawn} | {"model": Path(args.model).name, "vae": args.vae and Path(args.vae).name}
+    new["weights"] = hash_weights(model.unet.out)[:16]
     new |= {"filter": None} if args.pairs_only else filter_settings(args, limits)
     path = args.out / "settings.json"
     if not path.exists():
         write_file(path, json.dumps(new, indent=1), args.scratch)
-    old = read_settings(path)
+    old = {"weights": new["weights"]} | read_settings(path)                    # sets made before this was stored lack it
     if changed := [f"{k} was {old.get(k)}, now {new.get(k)}" for k in old | new if old.get(k) != new.get(k)]:
         raise ValueError(f"{args.out} was begun with other settings ({'; '.join(changed)}): repeat its command, change the "
                          f"filter with --filter-only, or give another --out")
@@ -424,7 +431,7 @@ def parse(argv=None):
     flag("--seed", type=within(int, 0, 2 ** 63 - 1), default=0, help="of edits, noise and settings (default: %(default)s)")
     flag("--batch-size", type=within(int, 1, 10000), default=8, help="pairs drawn at a time (default: %(default)s)")
     flag("--device", help="such as cpu, cuda or cuda:1 (default: cuda if there is one, else cpu)")
-    flag("--dtype", choices=DTYPES, help="of weights and arithmetic (default: bf16 on cuda, else fp32)")
+    flag("--dtype", choices=DTYPES, help="of weights and arithmetic (default: on cuda bf16, or fp16 before Ampere; else fp32)")
     args = p.parse_args(argv)
     if sum((args.edits_only, args.pairs_only, args.filter_only, args.calibrate, args.check is not None)) > 1:
         p.error("--edits-only, --pairs-only, --filter-only, --check and --calibrate exclude one another")

@@ -269,7 +269,8 @@ def parse(argv=None):
          "may be several scales, all of which are combined (default: off)")
     flag("--batch-size", type=within(int, 1, 10000), default=8, help="results made at a time (default: %(default)s)")
     flag("--device", help="such as cpu, cuda or cuda:1 (default: cuda if there is one, else cpu)")
-    flag("--dtype", choices=("fp32", "fp16", "bf16"), help="of weights and arithmetic (default: bf16 on cuda, else fp32)")
+    flag("--dtype", choices=("fp32", "fp16", "bf16"),
+         help="of weights and arithmetic (default: on cuda bf16, or fp16 before Ampere; else fp32)")
     flag("--low-memory", action="store_true", help="the model's parts on the device in turn, the autoencoder in strips, guidance "
          "one branch after another: less memory, more time, the same picture up to rounding (default: off)")
     flag("--method", choices=METHODS, default="ip2p", help="how to edit: by InstructPix2Pix in one pass; or with a text-to-image "

@@ -136,7 +136,8 @@ def train_edit(args, base):
         for i, batch in enumerate(batches):
             loss, _ = loss_fn(i, slice(None), batch, dropout=0, timesteps="uniform")
             total, count = total + len(batch[2]) * loss.item(), count + len(batch[2])
-    record["held_out_loss"] = round(total / count, 4)
+    on_training = held_out and not held_out.prompts.start             # too few pairs to hold any back
+    record["training_loss" if on_training else "held_out_loss"] = round(total / count, 4)
     record |= dict(cfg_text=args.cfg_text, cfg_image=args.cfg_image, base=history(base.metadata))
     if hasattr(pairs, "skipped") and (skipped := pairs.skipped.count()):
         record["skipped"] = skipped
@@ -260,6 +261,11 @@ def train_all(args, argv):
     """Every stage in turn, each from those before it, and a table of what they scored. What is finished is left alone."""
     if distributed.launched() > 1:
         raise ValueError("--stage all runs in one process; torchrun is for a stage at a time: base, edit, distill")
+    for name in ("base", "init", "train_text", "scale_image_latents"):
+        if getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')} is for a stage alone; --stage all makes each model from those before it")
+    if args.views == 0:
+        raise ValueError("--stage all needs --views of at least 1: distillation learns from the cache")
     rows = []
     for stage, name in RESULTS.items():
         path = args.out / name
@@ -272,7 +278,7 @@ def train_all(args, argv):
             if not record["finished"]:
                 print("stopped by --minutes; repeat the command to go on")
                 return
-        scores = {k: v for k, v in record.items() if k in ("psnr", "accuracy_1_of_100", "held_out_loss", "scores")}
+        scores = {k: v for k, v in record.items() if k in ("psnr", "accuracy_1_of_100", "held_out_loss", "training_loss", "scores")}
         rows.append(f"| {stage} | {record['minutes']} | {record['steps']} x {record['batch_size']} | {json.dumps(scores)} |")
     print("| stage | minutes | steps x batch | held-out score |\n|---|--:|--:|---|", *rows, sep="\n", flush=True)
 
@@ -290,8 +296,8 @@ def draw_own_pairs(args):
 def check(args):
     """ValueError for settings that cannot work."""
     minimum = dict(steps=1, batch_size=1 if args.stage in FROM_A_MODEL else 2, accumulate=1, pretrain_steps=0,
-                   block=args.batch_size, reuse=1, score_examples=1, views=int(args.stage == "distill"), keep=1, workers=0,
-                   num_captions=1)
+                   reuse=1, score_examples=1, views=int(args.stage == "distill"), keep=1, workers=0,
+                   num_captions=1, block=args.batch_size if args.stage == "distill" or args.data == "world" else 1)
     for name, least in minimum.items():
         value = getattr(args, name)
         if value is not None and value < least:
@@ -320,7 +326,7 @@ def check(args):
         if args.stage == "distill" and getattr(args, name):
             raise ValueError(f"--{name.replace('_', '-')} is for --stage edit: a distilled editor has its teacher's text "
                              f"encoder, and takes the latents that editors take")
-    for stage in ("vae", "clip"):
+    for stage in ("vae",) if args.init else ("vae", "clip"):
         if args.stage == "base" and not (args.out / RESULTS[stage]).exists():
             raise ValueError(f"{args.out / RESULTS[stage]} is missing: train --stage {stage} with the same --out first")
 

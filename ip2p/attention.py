@@ -62,6 +62,8 @@ class CrossAttention(nn.Module):
 
     def __init__(self, query_dim, context_dim=None, heads=8):
         super().__init__()
+        if not heads or query_dim % heads:
+            raise ValueError(f"{query_dim} channels cannot be shared out among {heads} heads")
         context_dim = query_dim if context_dim is None else context_dim
         self.heads = heads
         self.to_q = nn.Linear(query_dim, query_dim, bias=False)

@@ -32,7 +32,7 @@ import torch
 from .bench_programs import (WEIGHTS, draw_by_diffusers, draw_by_ip2p, edit_by_diffusers, edit_by_ip2p, export,
                              multiply_as_much, train_by_diffusers, train_by_ip2p)
 from .command_line import Parser, exit_status
-from .distributed import DTYPES
+from .distributed import DTYPES, check_device
 from .sides import Side, side_by_side, take_turns
 from .tables import decimal, print_table
 
@@ -266,6 +266,7 @@ def main(argv=None):
     args.batch_size, args.steps = args.batch_size or batch_size, args.steps or steps
 
     def command():
+        check_device(args.device)
         try:
             bench(args)
         except ImportError as error:

@@ -238,6 +238,12 @@ def autocast(args):
     return torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.dtype == "bf16")
 
 
+def precision(args):
+    """As train.py sets it."""
+    if args.device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")
+
+
 def draws(number, args, shape):
     """Timesteps, and noise for the step and for the latents' spread."""
     rng = seeded(0, number)
@@ -248,10 +254,9 @@ def draws(number, args, shape):
 def train_by_ip2p(folder, args, cached):
     """cached: latents and text features come in half precision from memory, as they do from `CachedPairs`."""
     keep_freed_memory()
-    gpu = args.device.startswith("cuda")
+    precision(args)
     model = InstructPix2Pix.load(folder, args.device)
-    layout = torch.channels_last if gpu else torch.contiguous_format
-    unet, vae, text = model.unet.to(memory_format=layout).requires_grad_(True).train(), model.vae, model.text
+    unet, vae, text = model.unet.requires_grad_(True).train(), model.vae, model.text
     unet.recompute_blocks(args.checkpointing)
     predict = torch.compile(unet) if args.compile else unet
     optimizer, = make_optimizers(unet, "adamw", LR)
@@ -303,6 +308,7 @@ def train_by_diffusers(folder, args):
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from diffusers.training_utils import EMAModel
     from transformers import CLIPTextModel, CLIPTokenizer
+    precision(args)
     frozen = dict(device=args.device, dtype=torch.bfloat16 if args.dtype == "bf16" else torch.float32)
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").to(args.device).train()
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae").to(**frozen).requires_grad_(False)

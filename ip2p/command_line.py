@@ -7,6 +7,9 @@ from typing import Callable
 PARAMETERIZATION = dict(choices=("eps", "v"), help="what the UNet of the model given predicts, where its file does not say or "
                         "is wrong (default: what the file says, else a guess)")          # a flag of all three scripts
 
+NO_COMPILER = ("InvalidCxxCompiler", "Failed to find C compiler", "TritonMissing", "Cannot find a working triton",
+               "GPUTooOldForTriton")                                                     # as torch.compile says it
+
 
 class Parser(argparse.ArgumentParser):
     """A parser whose help keeps the lines of its description as they are, and whose errors are one line."""
@@ -48,8 +51,8 @@ def exit_status(name: str, command: Callable, short_of_memory: str, stopped: str
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             line = f"out of memory; try {short_of_memory}"
-        elif "InvalidCxxCompiler" in repr(error):
-            line = "--compile needs a C++ compiler, such as g++, and finds none"
+        elif any(words in repr(error) for words in NO_COMPILER):
+            line = "--compile needs a C++ compiler, such as g++, and on a GPU Triton; not all are here"
         else:
             raise
     except KeyboardInterrupt as interrupt:

@@ -13,7 +13,7 @@ import os
 from collections import Counter
 from itertools import count as count_from
 from pathlib import Path
-from typing import Iterable, Iterator
+from typing import Callable, Iterable, Iterator
 
 import tiktoken
 import torch
@@ -148,12 +148,13 @@ def world_captions(world: World, seed: int = 0, split: str = "train") -> Iterato
 
 
 def generate_edits(writer: EditWriter, captions: Iterable[tuple[str, str | None]], path: str | Path, *, seed: int = 0,
-                   count: int | None = None, **sampling) -> dict:
+                   count: int | None = None, admit: Callable[[str], bool] | None = None, **sampling) -> dict:
     """Append an edit for each caption to a jsonl file {"caption", "edit", "output", "url"}, until there are `count`.
 
-    captions: (caption, url or None); what repeats a caption or a url is passed over. Completions that are no edit go to
-    `path` with the suffix .rejected.jsonl, so that both files together say what was tried: repeated after any kind of
-    end, it goes on, and leaves the files of an uninterrupted run. sampling: as for `EditWriter.complete`. Returns
+    captions: (caption, url or None); what repeats a caption or a url is passed over. admit: whether an edited caption may be
+    kept, any if None. Completions that are no edit, or not admitted, go to `path` with the suffix .rejected.jsonl, so that
+    both files together say what was tried: repeated after any kind of end, it goes on, and leaves the files of an
+    uninterrupted run. sampling: as for `EditWriter.complete`. Returns
     `report`'s dict. Raises ValueError if the files were begun with another seed, model or sampling, or if none of the
     first 500 completions is an edit.
     """
@@ -187,7 +188,7 @@ def generate_edits(writer: EditWriter, captions: Iterable[tuple[str, str | None]
                 tried += 1
                 completion = writer.complete(caption, seed, **sampling)
                 edit = parse_completion(caption, completion)
-                if edit:
+                if edit and (admit is None or admit(edit[1])):
                     row = dict(caption=caption, edit=edit[0], output=edit[1], url=url)
                     print(json.dumps(row, ensure_ascii=False), file=kept, flush=True)
                     accepted += 1

@@ -1,6 +1,8 @@
 """A labelled sheet: one edit at several strengths of both guidances."""
 from PIL import Image, ImageDraw, ImageFont
 
+from .images import wrap
+
 
 def grid_sheet(picture: Image.Image, cells: list[Image.Image], title: str, cfg_text: list[float],
                cfg_image: list[float]) -> Image.Image:
@@ -18,7 +20,7 @@ def grid_sheet(picture: Image.Image, cells: list[Image.Image], title: str, cfg_t
     pitch_x, pitch_y = int(max(width, label)) + gap, max(height, line) + gap
     left = gap + pitch_x + int(label) + gap              # of the first cell; the rows' labels are between it and the input
     total_width = left + len(columns) * pitch_x
-    lines = _wrap(title, font, total_width - 2 * gap)
+    lines = wrap(title, font, total_width - 2 * gap)
     top = gap + len(lines) * line + gap + line + gap     # of the first cell; the columns' labels are above it
 
     sheet = Image.new("RGB", (total_width, top + len(rows) * pitch_y), "white")
@@ -40,18 +42,3 @@ def grid_sheet(picture: Image.Image, cells: list[Image.Image], title: str, cfg_t
         j, i = divmod(k, len(columns))
         sheet.paste(cell, (left + i * pitch_x, top + j * pitch_y))
     return sheet
-
-
-def _wrap(text, font, width, most=3):
-    """Lines no wider than `width`, unless a word is; what does not fit in `most` of them is left out."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".lstrip()
-        if font.getlength(longer) <= width or not lines[-1]:
-            lines[-1] = longer
-        elif len(lines) < most:
-            lines.append(word)
-        else:
-            lines[-1] += " ..."
-            break
-    return lines

@@ -93,18 +93,30 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(p) for p in pixels]
 
 
+def wrap(text: str, font, width: int, most: int = 3) -> list[str]:
+    """Lines no wider than `width`, unless a word is; what does not fit in `most` of them is left out."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".lstrip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        elif len(lines) < most:
+            lines.append(word)
+        else:
+            lines[-1] += " ..."
+            break
+    return lines
+
+
 def contact_sheet(cells: list[tuple[Image.Image, str]], columns: int = 8, lines: int = 3) -> Image.Image:
     """Pictures of one size, row by row, each with up to `lines` lines of text below it."""
     font, (width, height), label = ImageFont.load_default(10), cells[0][0].size, 12 * lines + 6
     page = Image.new("RGB", (columns * (width + 6), -(-len(cells) // columns) * (height + label)), "white")
     draw = ImageDraw.Draw(page)
     for k, (picture, text) in enumerate(cells):
-        x, y, wrapped = k % columns * (width + 6) + 3, k // columns * (height + label) + 2, [""]
+        x, y = k % columns * (width + 6) + 3, k // columns * (height + label) + 2
         page.paste(picture, (x, y))
-        for word in text.split():
-            longer = f"{wrapped[-1]} {word}".strip()
-            wrapped[-1:] = [longer] if draw.textlength(longer, font=font) < width else [wrapped[-1], word]
-        draw.text((x, y + height), "\n".join(wrapped[:lines]), fill=0, font=font, spacing=0)
+        draw.text((x, y + height), "\n".join(wrap(text, font, width, lines)), fill=0, font=font, spacing=0)
     return page
 
 

@@ -42,6 +42,7 @@ def open_data(args):
     held_out = data.split("val", flip_prob=0)
     if not len(data):
         raise ValueError(f"{args.data}: a tenth of the prompts is held back, and of {len(data.pairs)} that leaves none")
+    data.whole_example(0, 0)                                             # complains here rather than in a worker
     try:
         held_out.whole_example(0, 0)
     except ValueError:

@@ -13,6 +13,7 @@ from . import distributed
 from .attention import SpatialTransformer
 from .checkpoint import Parts, load_checkpoint, load_vae, save_checkpoint, save_vae
 from .clip_filter import build_clip, load_clip, normalize_pixels, save_clip
+from .features import hash_weights
 from .images import contact_sheet, save_image, to_images
 from .pipeline import InstructPix2Pix
 from .scorer import build_scorer, load_scorer, read_scene, save_scorer, score_scorer, scorer_loss, soften
@@ -124,6 +125,9 @@ def train_base(args, world):
     vae = load_vae(args.out / "vae.safetensors").to(args.device, memory_format=args.layout)
     if args.init:
         begun = load_checkpoint(args.init)
+        if begun.unet.config.cond_dim or begun.unet.config.in_channels != vae.config.z_channels or begun.parameterization != "v":
+            raise ValueError(f"--init {args.init}: not the miniature's text-to-image model, which takes "
+                             f"{vae.config.z_channels} channels and predicts v")
         unet, text = begun.unet.requires_grad_(True), begun.text.requires_grad_(True)
     else:
         unet, text = UNet(UNET), TextEncoder(replace(TEXT, projection_dim=CLIP["embed_dim"]))
@@ -160,7 +164,7 @@ def train_base(args, world):
         pictures = InstructPix2Pix(parts).generate(prompts, steps=20, cfg_text=args.cfg_text, progress=False)
         save_image(contact_sheet(list(zip(pictures, prompts))), path)
 
-    record = run(args, model, loss_fn, sheet)
+    record = run(args, model, loss_fn, sheet, vae=hash_weights(vae))
     if distributed.rank():
         return None
     sheet(args.out / "base" / "sheet-final.png")

@@ -128,7 +128,8 @@ class InstructPix2Pix:
         size: the long side in the model, rounded to `size_multiple`; the model's own if None.
         x_T: the noise to start from instead, (results, z, h, w) of unit variance, if all pictures have one size.
         Returns the pictures at the size they were made at, `num_images` of each input in a row. A blank instruction
-        gives the picture back through the autoencoder, as in the original. Raises ValueError for what cannot be done.
+        gives the picture back through the autoencoder (the original's script: the resized picture itself). Raises
+        ValueError for what cannot be done.
         """
         if not self.is_editor:
             raise ValueError(f"this model's UNet takes {self.unet.config.in_channels} channels, an editor's "

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from .command_line import is_out_of_memory
 from .images import save_image
 from .tensorfiles import replacing
 
@@ -20,9 +21,9 @@ def read_newest(folder: Path) -> dict | None:
     for path in reversed(found := list_checkpoints(folder)):
         try:
             return torch.load(path, weights_only=True, map_location="cpu")
-        except (OSError, MemoryError):
-            raise
         except Exception as error:                           # whatever a damaged file leads to
+            if isinstance(error, OSError) or is_out_of_memory(error):
+                raise                                        # the file may be good
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:100]
             print(f"{path} is damaged ({reason}); renamed to {path.name}.damaged, going on from the one before", flush=True)
             path.replace(f"{path}.damaged")

@@ -9,6 +9,8 @@ from typing import Any, Callable
 
 import torch
 
+from .command_line import is_out_of_memory
+
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -72,7 +74,9 @@ def _serve(pipe, make, args, device, threads):
             pipe.send((time.perf_counter() - began, peak_memory(device), result))
     except EOFError:                                           # whoever asked is gone
         return
-    except (ValueError, OSError, ImportError) as error:
+    except Exception as error:
+        if not isinstance(error, (ValueError, OSError, ImportError)) and not is_out_of_memory(error):
+            raise
         pipe.send(error)
 
 

@@ -272,13 +272,10 @@ def replacing(path):
         yield temporary
         if path.is_dir():                                     # a folder cannot be replaced in one step
             os.replace(path, old)
-        try:
-            os.replace(temporary, path)
-        except OSError:
-            if old.exists():
-                os.replace(old, path)
-            raise
+        os.replace(temporary, path)
     finally:
+        if old.exists() and not path.exists():                # stopped, or failed, between the two
+            os.replace(old, path)
         for leftover in (temporary, old):
             if leftover.is_dir() and not leftover.is_symlink():
                 shutil.rmtree(leftover)

@@ -37,6 +37,10 @@ class TextConfig:
     pad_with_end: bool = True        # pad with the end token (Hugging Face), or with 0 (OpenAI, OpenCLIP)
     projection_dim: int | None = None    # CLIP's own projection, carried along where a checkpoint has it; unused here
 
+    def __post_init__(self):
+        if not 0 <= self.skip_last < self.layers:
+            raise ValueError(f"skip_last must be in 0..{self.layers - 1}, got {self.skip_last}")
+
 
 class Tokenizer:
     """CLIP's byte-pair encoding (lower-cased, 49,408 tokens), or its first `vocab_size` tokens' worth of it. Words that a model

@@ -103,6 +103,8 @@ def fit(module: nn.Module, loss_fn: Callable, folder: Path, *, steps: int, batch
     distributed.wait_for_all()
     if not leads:
         saved = read_newest(folder)
+    if distributed.any_of(bool(saved)) and distributed.any_of(not saved):
+        raise ValueError(f"{folder}: not all processes see its checkpoints; --out must be a folder that they share")
     if saved:
         if saved["config"] != config:
             changed = {k for k in saved["config"] | config if saved["config"].get(k) != config.get(k)}
@@ -150,8 +152,8 @@ def fit(module: nn.Module, loss_fn: Callable, folder: Path, *, steps: int, batch
 
     stop = []
     handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    began = logged = saved_at = drawn_at = time.monotonic()
-    logged_step, end = step, math.inf if minutes is None else began + 60 * minutes
+    began = saved_at = drawn_at = time.monotonic()
+    logged, logged_step, end = seconds, step, math.inf if minutes is None else began + 60 * minutes
     module.train()
     bar = tqdm(total=steps, initial=step, dynamic_ncols=True, mininterval=1, desc=folder.name, disable=not leads)
     try:
@@ -180,19 +182,21 @@ def fit(module: nn.Module, loss_fn: Callable, folder: Path, *, steps: int, batch
                 if offload:
                     copy_weights(master_weights, weights)
                 step += 1
+                report = step % 20 == 0 or step == steps
+                if report:
+                    check()                                            # waits for the device, whose time counts too
                 now = time.monotonic()
                 seconds += now - tick
                 bar.update()
-                if step % 20 == 0 or step == steps:
-                    check()
+                if report:
                     row = dict(step=step, loss=float(loss), lr=scale * lr, grad_norm=float(norm),
-                               seconds_per_step=(now - logged) / (step - logged_step), seconds=seconds)
+                               seconds_per_step=(seconds - logged) / (step - logged_step), seconds=seconds)
                     row |= {k: float(v.detach() if isinstance(v, torch.Tensor) else v) for k, v in numbers.items()}
                     metrics.write(json.dumps({k: float(f"{v:.6g}") for k, v in row.items()}) + "\n")
                     metrics.flush()
                     bar.set_postfix_str(f"loss {row['loss']:.4f}, lr {row['lr']:.1e}, "
                                         f"{batch_size / row['seconds_per_step']:.3g} examples/s", refresh=False)
-                    logged, logged_step = now, step
+                    logged, logged_step = seconds, step
                 if now - saved_at > 60 * save_minutes:
                     save()
                     saved_at = time.monotonic()

@@ -52,8 +52,8 @@ def is_fixed(edit: Edit) -> bool:
 def judge_edit(world: World, edit: Edit, reading: Reading) -> tuple[dict[str, bool], dict[str, bool]]:
     """What was asked for and what was to be kept, by attribute, and whether the reading of the edited picture says so.
 
-    things: those asked for have come or gone; those to be kept are there, and no others. Of a thing that is not there,
-    nothing more is said. What cannot be known is not judged: colours and the condition, where source or target is in a
+    things: those asked for have come or gone; those to be kept are there, and no others. What is gone was neither painted
+    nor resized; nothing more is said of it. What cannot be known is not judged: colours and the condition, where source or target is in a
     style without colour; where a thing is to stand that was added; how large one is to be that takes the place of a tiny or
     huge one.
     """
@@ -72,8 +72,13 @@ def judge_edit(world: World, edit: Edit, reading: Reading) -> tuple[dict[str, bo
     note("things", False, reading.things.keys() <= old.things.keys() | new.things.keys())
 
     resized = edit.kind == "object" and any(t.size for noun, t in old.things.items() if noun not in new.things)
-    for noun in new.things.keys() & reading.things.keys():
-        seen, true, was = reading.things[noun], new.things[noun], old.things.get(noun)
+    for noun, true in new.things.items():
+        seen, was = reading.things.get(noun), old.things.get(noun)
+        if not seen:
+            for name in ("color", "size"):
+                if was and getattr(was, name) != getattr(true, name):
+                    note(name, True, False)
+            continue
         if not colorless:
             note("color", not was or was.color != true.color, same_color(world, noun, seen.color, true.color))
         if was or not resized:
@@ -233,8 +238,8 @@ def describe(reading: Reading) -> str:
 def judge_picture(world: World, scene, caption: str, reading: Reading) -> dict[str, list[bool]]:
     """By attribute, whether a picture shows what its caption says, once for each thing where it is said of things.
 
-    object: a thing named is there. things: all those named, and no others. What the caption leaves out is not judged, nor
-    colours and the condition in styles without colour.
+    object: a thing named is there. things: all those named, and no others. What the caption leaves out is not judged (a
+    thing without a named colour has its own, unless it was painted), nor colours and the condition in styles without colour.
     """
     true, told = read_scene(world, scene), read(caption)
     colorless = true.style in COLORLESS

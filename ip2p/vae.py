@@ -20,6 +20,10 @@ class VAEConfig:
     norm_groups: int = 32
     scale_factor: float = 0.18215                    # brings Stable Diffusion's latents to unit variance
 
+    def __post_init__(self):
+        if not self.scale_factor > 0:
+            raise ValueError(f"scale_factor must be positive, got {self.scale_factor}")
+
     @property
     def downsampling(self) -> int:
         """Pixels to a latent cell, along each side."""

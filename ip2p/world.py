@@ -202,8 +202,12 @@ class World:
                 (a, _, w, _), (b, _, v, _) = boxes
                 if scene.things[0].noun == scene.things[1].noun or abs(a - b) < (w + v) / 2 - .04:
                     return False
-        held = [any((t.noun, scene.place, t.color) in self.held_out for t in scene.things) for scene in scenes]
+        held = [self.holds_out(scene) for scene in scenes]
         return held[0] if split == "combinations" else not any(held)
+
+    def holds_out(self, scene):
+        """Whether a scene has a combination of thing, place and colour that is kept from training."""
+        return any((thing.noun, scene.place, thing.color) in self.held_out for thing in scene.things)
 
     def _revise(self, rng, kind):
         """A scene, the scene edited (either may be None: the dice do not fit), and the index of the thing concerned."""

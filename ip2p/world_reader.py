@@ -272,7 +272,7 @@ def relexicalize(triple: dict, rng, world: World) -> dict | None:
     edit = COLOR.sub(swap(recolored), NOUN.sub(swap(renamed), edit))
     edit = re.sub(r"\b(an?) (\w+)", lambda m: f"{article(m[2])} {m[2]}" if m[2] in fresh else m[0], edit)
     source, target, words = scene(a), scene(b), phrasing(rng)._replace(drop_color=False, drop_when=False)
-    if any((t.noun, s.place, t.color) in world.held_out for s in (source, target) for t in s.things):
+    if world.holds_out(source) or world.holds_out(target):
         return None
     new = dict(input=make_caption(source, words), edit=edit, output=make_caption(target, words))
     return new if judge(*new.values())[1] == "right" else None
