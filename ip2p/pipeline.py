@@ -316,7 +316,7 @@ def _pair_up(images, prompts):
     """Lists of equal length; a single picture or instruction is repeated for all of the other."""
     images = [images] if isinstance(images, Image.Image) else list(images)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if len(images) != len(prompts) and 1 not in (len(images), len(prompts)):
-        raise ValueError(f"needed as many instructions as pictures, or one of either: got {len(prompts)} and {len(images)}")
     count = max(len(images), len(prompts))
+    if not {len(images), len(prompts)} <= {1, count}:
+        raise ValueError(f"needed as many instructions as pictures, or one of either: got {len(prompts)} and {len(images)}")
     return (images * count if len(images) == 1 else images), (prompts * count if len(prompts) == 1 else prompts)

@@ -25,7 +25,7 @@ from .world_reader import read
 HELD_OUT = ("combinations", "phrasings")
 FIXED = ("time", "weather", "season", "color", "remove", "size", "style")        # kinds whose truth an instruction may fix
 ATTRIBUTES = ("things", "color", "size", "position", "place", "condition", "style")
-SHOWN = 4                                                               # edits of each kind on a sheet
+SHOWN = 2                                                               # edits of each kind on a sheet
 
 
 def psnr(x, y, where=None):
@@ -223,7 +223,7 @@ def write_sheets(folder, name, verdicts, world):
                 faults = [f"{word} {attribute}" for word, group in (("not", v.asked), ("lost", v.kept))
                           for attribute, right in group.items() if not right]
                 verdict = f"{', '.join(faults) or 'right'}; seen: {describe(v.reading)}"
-                cells += [(before, v.edit.instruction), (v.picture, verdict), (after, "the true edit")]
+                cells += [(before, f"{kind}: {v.edit.instruction}"), (v.picture, verdict), (after, "the true edit")]
         stem = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
         save_image(contact_sheet(cells, columns=3 * SHOWN, lines=5), folder / f"{stem}-{which}.png")
 

@@ -10,6 +10,7 @@ import torch
 
 from ip2p import InstructPix2Pix, bench, bench_programs
 from ip2p.checkpoint import Parts
+from ip2p.command_line import exit_status
 from ip2p.sides import side_by_side, take_turns
 from ip2p.text import TextConfig, TextEncoder
 from ip2p.unet import UNet, UNetConfig
@@ -87,11 +88,12 @@ def test_both_trainings_are_the_same_and_other_weights_are_seen(folders):
 
 
 @pytest.mark.parametrize("flags, complaint", [
-    (["--model", "nothing.safetensors"], "nothing.safetensors: no such file or folder"),
-    (["--model", "MODEL", "--steps", "0", "--repeats", "1"], "steps must be in 1..1000, got 0")])
+    (["--device", "nonsense"], "--device nonsense cannot be used here"),
+    (["--device", "cpu", "--model", "nothing.safetensors"], "nothing.safetensors: no such file or folder"),
+    (["--device", "cpu", "--model", "MODEL", "--steps", "0", "--repeats", "1"], "steps must be in 1..1000, got 0")])
 def test_what_cannot_work_is_one_line(flags, complaint, folders, capfd):
     flags = [str(folders[0]) if flag == "MODEL" else flag for flag in flags]
-    assert bench.main(["growth", "--device", "cpu", *flags]) == 2
+    assert bench.main(["growth", *flags]) == 2
     said = capfd.readouterr().err
     assert said.startswith(f"ip2p.bench: {complaint}") and said.count("\n") == 1
 
@@ -108,6 +110,18 @@ def allocating():
     def run(megabytes):
         return len(np.ones(megabytes << 17))                   # 8 bytes each
     return run
+
+
+def wanting():
+    def run():
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+    return run
+
+
+def test_memory_that_lacks_in_a_program_is_said_as_elsewhere(capfd):
+    with side_by_side("cpu", one=(wanting,)) as sides:
+        assert exit_status("x.py", lambda: take_turns(sides, 1), "less") == 2
+    assert capfd.readouterr().err == "x.py: out of memory; try less\n"
 
 
 def test_memory_is_of_the_call_not_of_those_before():

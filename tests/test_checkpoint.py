@@ -1,6 +1,7 @@
 """Checkpoints in and out: files of ours, the published layouts, the hub."""
 import fnmatch
 import json
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -11,7 +12,7 @@ from checkpoints import error_of, public, published_like, randomised, relative_e
 
 from ip2p import keys
 from ip2p.checkpoint import load_checkpoint, load_vae, read_state_dict, save_checkpoint, save_vae
-from ip2p.tensorfiles import small_dtype
+from ip2p.tensorfiles import replacing, small_dtype
 from ip2p.text import TextEncoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -63,6 +64,25 @@ def test_saving_replaces_the_old_and_keeps_it_on_failure(tmp_path, saved):
         save_checkpoint(parts, tmp_path / "x.safetensors", "onnx")
     with pytest.raises(ValueError, match="ends in"):
         save_checkpoint(parts, tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("error", [OSError("no"), KeyboardInterrupt()])
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_folder_stopped_while_it_is_replaced_is_the_old_one(tmp_path, monkeypatch, at, error):
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f/old").touch()
+    renames, replace_file = [], os.replace
+
+    def replace_or_stop(*paths):
+        renames.append(paths)
+        if len(renames) == at:
+            raise error
+        replace_file(*paths)
+
+    monkeypatch.setattr(os, "replace", replace_or_stop)
+    with pytest.raises(type(error)), replacing(tmp_path / "f") as temporary:
+        temporary.mkdir()
+    assert len(renames) >= at and [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == ["f", "f/old"]
 
 
 def test_safetensors_reads_what_we_write_and_we_read_what_it_writes(tmp_path, saved):

@@ -1,6 +1,7 @@
 """CLIP's similarities against transformers and formulas written out, the filter, and its calibration."""
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -221,6 +222,20 @@ def test_calibration_separates_right_from_wrong():
     passes = {line[:23].strip(): line.split()[-1] for line in table.splitlines()[1:]}
     assert passes["right"] == "100%" and set(passes) == {"right", "nothing edited", "opposite edit", "another scene"}
     assert all(int(passes[k][:-1]) < 20 for k in passes if k != "right")
+
+
+def test_the_command_stores_what_calibration_finds(tmp_path, monkeypatch, capsys):
+    from making_data import ROOT, make_data
+
+    from ip2p.world import World
+    path, few = tmp_path / "clip.safetensors", partial(calibrate, count=4)
+    shutil.copy(ROOT / "weights/mini-clip.safetensors", path)
+    store_thresholds(path, Thresholds())
+    monkeypatch.setattr("ip2p.clip_filter.calibrate", few)
+    assert make_data.run(["--calibrate", "--clip", str(path), "--device", "cpu"]) == 0
+    thresholds, table = few(ClipSimilarity.load(path), World())
+    assert capsys.readouterr().out == f"{table}\n{thresholds}\nstored in {path}\n"
+    assert Thresholds.of(path) == thresholds != Thresholds()
 
 
 def test_the_shipped_clip_is_calibrated():

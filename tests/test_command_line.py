@@ -27,6 +27,8 @@ def raising(error):
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "x.py: out of memory; try less"),
     (MemoryError(), 2, "x.py: out of memory; try less"),
     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), 2, "x.py: out of memory; try less"),
+    (RuntimeError("Failed to find C compiler. Please specify via CC"), 2,
+     "x.py: --compile needs a C++ compiler, such as g++, and on a GPU Triton; not all are here"),
     (ModuleNotFoundError("No module named 'fcntl'", name="fcntl"), 2, "x.py: needs Linux or macOS, for their locks on files"),
     (KeyboardInterrupt(), 130, "x.py: stopped; go on"),
     (KeyboardInterrupt("stopped at step 7"), 130, "x.py: stopped at step 7; go on")])
@@ -55,7 +57,7 @@ def test_compiling_without_a_compiler(tmp_path):
     nowhere = os.environ | dict(CXX="/nowhere/g++", TORCHINDUCTOR_CACHE_DIR=str(tmp_path), CUDA_VISIBLE_DEVICES="")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=nowhere, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == "x.py: --compile needs a C++ compiler, such as g++, and finds none\n"
+    assert done.stderr == "x.py: --compile needs a C++ compiler, such as g++, and on a GPU Triton; not all are here\n"
 
 
 @pytest.mark.parametrize("text, said", [("1.5", "must be in 0..1, got 1.5"), ("nan", "must be in 0..1, got nan"), ("half", "invalid float value")])

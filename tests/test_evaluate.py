@@ -272,7 +272,7 @@ def test_edits_command_makes_tables_rows_and_sheets(files, tmp_path, capsys):
     assert rows[-1]["steps"] == 1 and rows[-1]["cfg_text"] == 2 and rows[-1]["cfg_image"] == 1
     sheets = sorted(p.name for p in (tmp_path / "sheets").iterdir())
     assert len(sheets) == 14 and sum(name.endswith("-worst.png") for name in sheets) == 7
-    assert Image.open(tmp_path / "sheets" / "unedited-first.png").width == 12 * 134
+    assert Image.open(tmp_path / "sheets" / "unedited-first.png").width == 6 * 134
 
 
 # ---- pictures

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from making_data import LOOSE, METADATA, PROMPTS, flags, make_data, rows, tree
+from making_data import LOOSE, METADATA, PROMPTS, ROOT, flags, make_data, rows, tree
 from making_data import cli, models, whole                     # fixtures
 from PIL import Image
 
@@ -294,6 +294,25 @@ def test_edits_are_written_from_captions_then_drawn(cli, models, tmp_path, monke
     assert tree(tmp_path / "out") == then
 
 
+def test_an_edit_to_a_held_out_combination_is_not_drawn(models, tmp_path, monkeypatch):
+    from ip2p import edits
+    from ip2p.world import World
+    from ip2p.world_reader import read
+    world, outputs = World(), []
+
+    def complete(self, caption, seed):
+        color = list(world.colors)[len(outputs) % len(world.colors)]
+        outputs.append(f"a {color} fox in a meadow")
+        return edits.make_completion("paint it", outputs[-1])
+
+    monkeypatch.setattr(edits.EditWriter, "complete", complete)
+    gpt = ROOT / "weights" / "mini-gpt.safetensors"
+    assert make_data.run([*map(str, ("--edits-only", "--out", tmp_path, "--gpt", gpt, "--num-captions", 12, "--device", "cpu"))]) == 0
+    held_out = [text for text in outputs if world.holds_out(read(text))]
+    written = [row["output"] for row in rows(tmp_path / "edits.jsonl")]
+    assert held_out and written == [text for text in outputs if text not in held_out] and len(written) == 12
+
+
 # ---- what cannot work
 
 @pytest.mark.parametrize("more, words", [
@@ -320,13 +339,18 @@ def test_a_bad_prompt_is_found_before_anything_is_drawn(cli, tmp_path, line, wor
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_a_folder_of_other_settings_or_prompts_is_left_alone(cli, tmp_path):
+def test_a_folder_of_other_settings_or_prompts_is_left_alone(cli, models, tmp_path):
     assert cli("--n-samples", 1).code == 0
     before = tree(tmp_path / "out")
     assert "n_samples was 1, now 3" in cli().err
     other = tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps(p) + "\n" for p in PROMPTS[1:]))
     assert "was made of another prompt" in cli("--n-samples", 1, "--prompts-file", other).err
+    retrained = InstructPix2Pix.load(models / "sd.safetensors")
+    retrained.unet.out[-1].bias += 1
+    (tmp_path / "retrained").mkdir()
+    retrained.save(tmp_path / "retrained" / "sd.safetensors")                        # the same name, other weights
+    assert "weights was" in cli("--n-samples", 1, "--model", tmp_path / "retrained" / "sd.safetensors").err
     assert tree(tmp_path / "out") == before
 
 

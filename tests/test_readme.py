@@ -78,10 +78,23 @@ def test_readme_command_runs(command, folder):
         assert "outputs/fox-make-it-night.png" in written or "make it night" not in command or "--grid" in command
 
 
-def test_file_guide_names_every_module():
-    guide = README[README.index("## What is in the files"):]
-    missing = [p.name for p in [*(ROOT / "ip2p").glob("*.py"), *ROOT.glob("*.py")] if p.name != "__init__.py" and p.name not in guide]
-    assert not missing
+def test_readme_python_runs(folder, monkeypatch):
+    """All blocks in a row, as the later use the earlier; in float32 on the CPU, and in two steps where they say 50."""
+    monkeypatch.chdir(folder)
+    code, names = "\n".join(re.findall(r"```python\n(.*?)```", README, re.S)), {}
+    for large, small in (('"cuda"', '"cpu"'), (r"\bfloat16\b", "float32"), (r"\b50\b", "2")):
+        code, found = re.subn(large, small, code)
+        assert found, large
+    exec(code, names)
+    assert names["picture"].size == (64, 48) and names["source"].size == names["edited"].size == (64, 64)
+    assert (folder / "folder/model_index.json").exists()
+
+
+def test_file_guide_names_every_module_once():
+    guide = README.split("### What is in the files, in reading order\n")[1].split("\n## ")[0]
+    named = [name for row in guide.splitlines() if row.startswith("|") for name in re.findall(r"(\w+\.py)`", row.split("|")[1])]
+    files = [p.name for p in [*(ROOT / "ip2p").glob("*.py"), *ROOT.glob("*.py")] if p.name != "__init__.py"]
+    assert sorted(named) == sorted(files)
 
 
 def test_pictures_in_the_readme_exist():

@@ -85,6 +85,14 @@ def test_keys_are_strict_both_ways(tmp_path, saved):
     both = {"cond_stage_model.model." + k: v for k, v in saved[0].text.state_dict().items()}
     assert "holds two text encoders" in refused(**both)
     assert "holds no UNet" in refused(**{k: None for k in state if k.startswith(unet)})
+    for part, name, value, words in (
+            ("unet", "num_heads", 7, "channels cannot be shared out among 7 heads"), ("unet", "num_heads", 0, "among 0 heads"),
+            ("vae", "scale_factor", 0, "scale_factor must be positive, got 0"), ("vae", "scale_factor", None, "not supported"),
+            ("text", "skip_last", 99, "skip_last must be in 0.."), ("text", "skip_last", "1", "not supported")):
+        own = record[part].get(name)
+        record[part][name] = value
+        assert words in (message := refused()), message
+        record[part][name] = own
     record["unet"]["colour"] = "green"
     assert "unknown UNetConfig fields: colour" in refused()
     record["unet"] = [1]

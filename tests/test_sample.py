@@ -173,15 +173,18 @@ def test_png_tells_how_to_make_it_again(cli, tmp_path):
     assert np.array_equal(pixels(made), pixels(again)) and again != made
 
 
-def test_result_does_not_depend_on_the_batch(cli, tmp_path):
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_result_does_not_depend_on_the_batch(cli, tmp_path, sampler):
+    """Pictures of three sizes, two instructions for each, two seeds: one result at a time, or six."""
     folder = tmp_path / "many"
     folder.mkdir()
     for i, size in enumerate([(48, 32), (32, 48), (48, 32), (48, 32), (40, 40)]):
         colors(*size, seed=i).save(folder / f"{i}.png")
-    one, three = (cli("--image", folder, "--batch-size", n).files for n in (1, 3))
-    assert len(one) == len(three) == 5
-    for i, (a, b) in enumerate(zip(one, three)):
-        assert record(a) == record(b) and record(a)["image"] == f"{i}.png"
+    flags = ("--image", folder, "--prompt", "make it night", "add a dog", "--num-images", 2, "--sampler", sampler)
+    one, many = (cli(*flags, "--batch-size", n).files for n in (1, 6))
+    assert len(one) == len(many) == 20
+    for i, (a, b) in enumerate(zip(one, many)):
+        assert record(a) == record(b) and record(a)["image"] == f"{i // 4}.png"
         assert np.abs(pixels(a) - pixels(b)).max() <= 1        # other sums in larger convolutions
 
 
@@ -413,10 +416,10 @@ def test_help_mentions_every_flag_and_default(capsys):
         sample.parse(["--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0
-    for flag in ("image prompt model vae output steps sampler cfg-text cfg-image negative-prompt seed num-images size "
-                 "keep-model-size grid batch-size device dtype compile").split():
-        description = text.split(f"\n  --{flag} ")[1].split("\n  --")[0]
-        assert "default" in description, flag
+    for name, value in vars(sample.parse(["--image", "x.png", "--prompt", "x"])).items():
+        description = text.split(f"\n  --{name.replace('_', '-')} ")[1].split("\n  --")[0]
+        own = type(value) in (str, int, float) and value != ""
+        assert (f"default: {value}" if own else "default") in " ".join(description.split()), name
 
 
 def test_help_imports_nothing_heavy():

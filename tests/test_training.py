@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ip2p.checkpoint import load_vae, save_vae
 from ip2p.muon import Muon, orthogonalize
 from ip2p.run_folder import list_checkpoints
 from ip2p.scorer import load_scorer
@@ -183,6 +184,18 @@ def test_a_broken_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, left)
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="none of its checkpoints can be read"):
         make_run(tmp_path / "run", 30)
+
+
+def test_memory_that_lacks_does_not_damage_checkpoints(tmp_path, monkeypatch):
+    make_run(tmp_path, 3)
+
+    def load(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        make_run(tmp_path, 5)
+    assert [p.name for p in tmp_path.glob("step-*")] == ["step-0000003.pt"]
 
 
 def test_the_loss_is_drawn(tmp_path):
@@ -365,6 +378,20 @@ def test_a_scorer_is_trained_further(trained, tmp_path):
     assert code == 2 and "reads 48 nouns, not the" in line
 
 
+def test_a_base_goes_on_from_a_base_alone_and_with_its_own_autoencoder(trained, tmp_path):
+    shutil.copy(trained[0] / "vae.safetensors", tmp_path)
+    further = "--stage", "base", "--out", tmp_path, "--batch-size", 2, "--steps", 1, "--init"
+    code, line = command(*further, trained[0] / "mini-ip2p.safetensors")
+    assert code == 2 and "not the miniature's text-to-image model, which takes 16 channels" in line and line.count("\n") == 1
+    code, record = command(*further, trained[0] / "mini-sd.safetensors")
+    assert code == 0 and record["init"]["stage"] == "base", record
+    vae = load_vae(tmp_path / "vae.safetensors")
+    vae.quant_conv.bias += 1
+    save_vae(vae, tmp_path / "vae.safetensors")
+    code, line = command(*further, trained[0] / "mini-sd.safetensors")
+    assert code == 2 and "holds a run with other settings (vae)" in line
+
+
 def test_two_processes_share_out_the_scenes_and_the_steps(trained, tmp_path):
     """torchrun: a block of scenes drawn by both, and the losses of one process to 1e-5 of themselves."""
     command = "train.py --stage base --steps 2 --batch-size 32 --block 160 --reuse 1 --score-examples 1 --dtype fp32 --device cpu"
@@ -386,7 +413,7 @@ def test_two_processes_share_out_the_scenes_and_the_steps(trained, tmp_path):
 
 @pytest.mark.parametrize("flags, complaint", [
     ("--steps 0", "--steps must be at least 1, got 0"),
-    ("--batch-size 64 --block 32", "--block must be at least 64, got 32"),
+    ("--data world --batch-size 64 --block 32", "--block must be at least 64, got 32"),
     ("--batch-size 6 --accumulate 4", "--batch-size 6 cannot be shared out between 4 parts"),
     ("--stage clip --batch-size 8 --accumulate 4", "--stage clip learns in one process and one part"),
     ("--lr nan", "--lr must be a finite number"),
@@ -409,6 +436,9 @@ def test_two_processes_share_out_the_scenes_and_the_steps(trained, tmp_path):
     ("--init weights/mini-sd.safetensors", "to fine-tune a text-to-image model into one, give it as --base"),
     ("--init a --base b", "--base is widened into an editor, --init is an editor already: give one of the two"),
     ("--data /nowhere", "/nowhere: not a data set"),
+    ("--stage all --init weights/mini-ip2p.safetensors", "--init is for a stage alone"),
+    ("--stage all --train-text", "--train-text is for a stage alone"),
+    ("--stage all --views 0", "--stage all needs --views of at least 1"),
     ("--stage distill --data world --train-text", "--train-text is for --stage edit"),
     ("--stage distill --data world --scale-image-latents", "--scale-image-latents is for --stage edit"),
 ])
