@@ -22,7 +22,7 @@ from .tensorfiles import replacing
 from .world import KINDS, SIZE, World
 
 METHODS = {"ip2p": ("InstructPix2Pix", "image guidance"), "sdedit": ("SDEdit", "strength"),      # name and setting
-           "p2p": ("Prompt-to-Prompt, DDIM inversion", "share of the steps"), "data": ("edited pictures of the data", "")}
+           "p2p": ("Prompt-to-Prompt, DDIM inversion", "share of the steps"), "data": ("true edits", "")}
 
 
 def evaluate_curve(args):

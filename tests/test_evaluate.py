@@ -5,6 +5,7 @@ import os
 import statistics
 import sys
 from dataclasses import replace
+from itertools import count, islice
 from types import SimpleNamespace
 
 import pytest
@@ -13,9 +14,10 @@ from PIL import Image
 
 from ip2p import InstructPix2Pix, evaluate
 from ip2p.checkpoint import Parts, save_checkpoint
-from ip2p.clip_filter import ClipSimilarity, build_clip, save_clip
+from ip2p.clip_filter import ClipSimilarity, Thresholds, build_clip, save_clip
 from ip2p.images import to_images, to_pixels
-from ip2p.inversion import InvertedPicture, sdedit
+from ip2p.evaluate import WEIGHTS
+from ip2p.inversion import InvertedPicture, invert, sdedit
 from ip2p.prompt_to_prompt import prompt_to_prompt
 from ip2p.scorer import Seen, build_scorer, near, read_scene, save_scorer
 from ip2p.text import TextConfig, TextEncoder
@@ -377,11 +379,32 @@ def test_curve_of_a_data_set_takes_its_last_prompts(files, tmp_path, capsys):
     assert "without captions" in capsys.readouterr().err
 
 
-def test_sheets_of_pairs_go_into_a_folder_that_is_made(tmp_path):
+def clean_latents(model, pixels):
+    return model.encode(pixels) * model.vae.config.scale_factor
+
+
+def test_pairs_are_measured_each_by_itself(world, tmp_path):
     """With the shipped base and CLIP, as random ones have no thresholds."""
-    sheets = tmp_path / "new" / "sheets"
-    assert run("pairs", "--count", 2, "--steps", 2, "--shares", 0.5, "--controls", "self-attention", "--sheet", sheets) == 0
-    assert [p.name for p in sheets.iterdir()] == ["self-attention-0.5.png"]
+    sheets, control = tmp_path / "new" / "sheets", "cross-attention"
+    assert run("pairs", "--count", 3, "--steps", 2, "--shares", 0.5, "--controls", control, "--batch-size", 2, "--sheet", sheets,
+               "--json", tmp_path / "rows.jsonl") == 0
+    assert [p.name for p in sheets.iterdir()] == [f"{control}-0.5.png"]
+    row, = rows_of(tmp_path / "rows.jsonl")
+    base, clip = InstructPix2Pix.load(WEIGHTS / "mini-sd.safetensors"), WEIGHTS / "mini-clip.safetensors"
+    judge, limits, found = ClipSimilarity.load(clip), Thresholds.of(clip), []
+    edits = (world.edit(0, i, "combinations", FIXED[i % len(FIXED)]) for i in count())
+    for seed, e in enumerate(islice(filter(is_fixed, edits), 3)):
+        before, after = (world.render([scene]) for scene in (e.source, e.target))
+        texts, settings = ([e.caption], [e.edited_caption]), ([seed], [0.5], [base.own_settings["cfg_text"]])
+        noise = invert(base, clean_latents(base, before), [e.caption], 2, progress=False)[-1]
+        scores, = judge(*base.draw_pairs(*texts, *settings, steps=2, control=control), *texts)
+        source, target = base.draw_pairs(*texts, *settings, steps=2, control=control, sampler="ddim", x_T=noise)
+        decibels = lambda a, b: -10 * math.log10((a - b).square().mean() / 4)
+        found.append(dict(kept=limits.passed_by(scores), sim_dir=scores["clip_sim_dir"], sim_image=scores["clip_sim_image"],
+                          source_psnr=decibels(source, before), psnr=decibels(target, after), unedited=decibels(before, after),
+                          autoencoder=decibels(base.decode(clean_latents(base, after)).clamp(-1, 1), after)))
+    for name in found[0]:
+        assert row[name] == pytest.approx(statistics.fmean(f[name] for f in found), rel=1e-4), name
 
 
 # ---- what users get wrong
