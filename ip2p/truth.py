@@ -225,7 +225,7 @@ def write_sheets(folder, name, verdicts, world):
                 verdict = f"{', '.join(faults) or 'right'}; seen: {describe(v.reading)}"
                 cells += [(before, f"{kind}: {v.edit.instruction}"), (v.picture, verdict), (after, "the true edit")]
         stem = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-        save_image(contact_sheet(cells, columns=3 * SHOWN, lines=5), folder / f"{stem}-{which}.png")
+        save_image(contact_sheet(cells, columns=3 * SHOWN, lines=4), folder / f"{stem}-{which}.png")
 
 
 def describe(reading: Reading) -> str:
