@@ -26,7 +26,7 @@ SMALLER = {              # the longest beginning of a command says what makes it
     "python -m ip2p.evaluate pairs": "--count 2 --steps 2 --shares 0.5",
     "python -m ip2p.bench": "--batch-size 1 --steps 1 --repeats 1 --size 64",
     "python make_data.py": f"--num-captions 3 {FEW_PAIRS}",
-    "python make_data.py --model": f"{FEW_PAIRS} --clip weights/mini-clip.safetensors",
+    "python make_data.py --model": f"{FEW_PAIRS} --clip weights/mini-clip.safetensors --out drawn",
     "python -m pytest": "--collect-only"}
 ELSEWHERE = {"python train.py --stage all --data world": "test_train_all.py"}
 
