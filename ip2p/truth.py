@@ -53,9 +53,9 @@ def judge_edit(world: World, edit: Edit, reading: Reading) -> tuple[dict[str, bo
     """What was asked for and what was to be kept, by attribute, and whether the reading of the edited picture says so.
 
     things: those asked for have come or gone; those to be kept are there, and no others. What is gone was neither painted
-    nor resized; nothing more is said of it. What cannot be known is not judged: colours and the condition, where source or target is in a
-    style without colour; where a thing is to stand that was added; how large one is to be that takes the place of a tiny or
-    huge one.
+    nor resized; nothing more is said of it. What cannot be known is not judged: colours and the condition, where source or
+    target is in a style without colour; where a thing is to stand that was added; how large one is to be that takes the
+    place of a tiny or huge one.
     """
     old, new = read_scene(world, edit.source), read_scene(world, edit.target)
     asked, kept = {}, {}
