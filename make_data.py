@@ -107,9 +107,14 @@ def write_edits(args):
         return
     if args.captions:
         captions, admit = read_captions(args.captions), None
-    else:                                                            # what scores are of is not to be learned from
+    else:
         world = World()
-        captions, admit = world_captions(world, args.seed), lambda text: not ((scene := read(text)) and world.holds_out(scene))
+        captions = world_captions(world, args.seed)
+
+        def admit(output):
+            """What scores are of is not to be learned from."""
+            scene = read(output)
+            return scene is None or not world.holds_out(scene)
     report = generate_edits(EditWriter.load(args.gpt, args.device), captions, args.out / "edits.jsonl", seed=args.seed,
                             count=args.num_captions, admit=admit)
     write_file(path, json.dumps(settings | report, indent=1, ensure_ascii=False), args.scratch)

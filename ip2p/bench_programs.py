@@ -238,8 +238,8 @@ def autocast(args):
     return torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.dtype == "bf16")
 
 
-def precision(args):
-    """As train.py sets it."""
+def set_precision(args):
+    """Of float32 products, as train.py does."""
     if args.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")
 
@@ -254,7 +254,7 @@ def draws(number, args, shape):
 def train_by_ip2p(folder, args, cached):
     """cached: latents and text features come in half precision from memory, as they do from `CachedPairs`."""
     keep_freed_memory()
-    precision(args)
+    set_precision(args)
     model = InstructPix2Pix.load(folder, args.device)
     unet, vae, text = model.unet.requires_grad_(True).train(), model.vae, model.text
     unet.recompute_blocks(args.checkpointing)
@@ -308,7 +308,7 @@ def train_by_diffusers(folder, args):
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from diffusers.training_utils import EMAModel
     from transformers import CLIPTextModel, CLIPTokenizer
-    precision(args)
+    set_precision(args)
     frozen = dict(device=args.device, dtype=torch.bfloat16 if args.dtype == "bf16" else torch.float32)
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").to(args.device).train()
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae").to(**frozen).requires_grad_(False)
