@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 import torch
+from checkpoints import relative_error
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
@@ -40,19 +41,15 @@ def make_parts():
     return Parts(*(part.eval().requires_grad_(False) for part in parts), "eps", 96, {})
 
 
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
-
-
 @pytest.mark.parametrize("height, width", [(96, 64), (100, 36), (4, 8)])      # whole strips, a short last one, less than one
 def test_strips_give_what_the_whole_picture_gives(height, width):
     """In float32: latents and pixels to 1e-5, pictures to one level of 255."""
     vae, rng = make_parts().vae, torch.Generator().manual_seed(0)
     pixels, z = torch.randn(2, 3, height, width, generator=rng), torch.randn(2, 4, height // 4, width // 4, generator=rng)
     posterior, decoded = vae.encode(pixels), vae.decode(z)
-    assert relative(low_memory.encode(vae, pixels).mean, posterior.mean) < 1e-5
-    assert relative(low_memory.encode(vae, pixels).logvar, posterior.logvar) < 1e-5
-    assert relative(low_memory.decode(vae, z), decoded) < 1e-5
+    assert relative_error(low_memory.encode(vae, pixels).mean, posterior.mean) < 1e-5
+    assert relative_error(low_memory.encode(vae, pixels).logvar, posterior.logvar) < 1e-5
+    assert relative_error(low_memory.decode(vae, z), decoded) < 1e-5
     levels = [np.stack(to_images(x)).astype(int) for x in (low_memory.decode(vae, z), decoded)]
     assert np.abs(levels[0] - levels[1]).max() <= 1
 

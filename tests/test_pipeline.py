@@ -1,11 +1,10 @@
 """InstructPix2Pix called from Python: the negative prompt, half precision, and what is refused."""
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from checkpoints import tiny
-from pictures import colors
+from pictures import colors, levels_apart
 from PIL import Image
 
 from ip2p import InstructPix2Pix
@@ -22,10 +21,6 @@ def editor():
 @pytest.fixture(scope="module")
 def maker():
     return InstructPix2Pix(tiny("sd1", in_channels=4))
-
-
-def levels_apart(a, b):
-    return np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int))
 
 
 @pytest.mark.parametrize("kind", ["edit", "generate"])
