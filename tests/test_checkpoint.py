@@ -219,20 +219,24 @@ def test_saving_at_another_precision(tmp_path, saved):
 
 
 def test_the_miniature_is_stored_small(tmp_path):
-    """A text encoder's matrices in 8 bits, a power of two and 3 bits of fraction each: they round by a sixteenth at most, down
-    to 2^-6, and below it by half of 2^-9."""
+    """A text encoder's matrices and a UNet's convolutions in 8 bits, a power of two and 3 bits of fraction each: they round by
+    a sixteenth at most, down to 2^-6, and below it by half of 2^-9."""
     parts = tiny("sd2")
     save_checkpoint(parts, tmp_path / "m.safetensors", dtype=small_dtype)
     stored, _ = read_state_dict(tmp_path / "m.safetensors")
     eight = {name for name, t in stored.items() if t.dtype == torch.float8_e4m3fn}
-    inner = [f"cond_stage_model.model.transformer.resblocks.{i}.{name}" for i in range(parts.text.config.layers)
-             for name in ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")]
-    assert eight == set(inner) and {t.dtype for name, t in stored.items() if name not in eight} == {torch.float16}
+    inner = {f"cond_stage_model.model.transformer.resblocks.{i}.{name}" for i in range(parts.text.config.layers)
+             for name in ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")}
+    convolutions = {f"model.diffusion_model.{name}.weight" for name, module in parts.unet.named_modules()
+                    if isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3)}
+    assert eight == inner | convolutions and {t.dtype for n, t in stored.items() if n not in eight} == {torch.float16}
     loaded = load_checkpoint(tmp_path / "m.safetensors")
-    for name, weight in parts.text.state_dict().items():
-        error, rounded = (loaded.text.state_dict()[name] - weight).abs(), f"cond_stage_model.model.{name}" in eight
-        assert (error <= (weight.abs().clamp(min=2 ** -6) / 16 if rounded else weight.abs() / 1024 + 1e-7)).all()
-        assert not rounded or error.any()
+    for prefix, part, given in (("cond_stage_model.model.", loaded.text, parts.text),
+                                ("model.diffusion_model.", loaded.unet, parts.unet)):
+        for name, weight in given.state_dict().items():
+            error, rounded = (part.state_dict()[name] - weight).abs(), prefix + name in eight
+            assert (error <= (weight.abs().clamp(min=2 ** -6) / 16 if rounded else weight.abs() / 1024 + 1e-7)).all()
+            assert not rounded or error.any()
 
 
 def test_a_link_to_a_folder_is_replaced_and_nothing_is_left_behind(tmp_path, saved):
