@@ -7,6 +7,7 @@ pictures. The published thresholds are for OpenAI's ViT-L/14; `calibrate` finds 
 import json
 import logging
 import warnings
+import zipfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -90,7 +91,10 @@ def load_named_clip(name: str, device=None) -> tuple[torch.nn.Module, object]:
     quick_gelu = (open_clip.get_pretrained_cfg(architecture, weights) or {}).get("quick_gelu", False)
     logging.disable()                            # of every attempt to reach the network: one line will do
     try:
-        clip = open_clip.create_model(architecture, weights, device=device or "cpu", force_quick_gelu=quick_gelu)
+        if is_torchscript(weights):
+            clip = open_clip.load_openai_model(weights, precision="fp32", device=device or "cpu")
+        else:
+            clip = open_clip.create_model(architecture, weights, device=device or "cpu", force_quick_gelu=quick_gelu)
         return clip.eval().requires_grad_(False), open_clip.get_tokenizer(architecture)
     except Exception as error:                   # of the network, the hub's client, or a file of other weights
         reason = " ".join(str(error).split())[:200]
@@ -99,6 +103,11 @@ def load_named_clip(name: str, device=None) -> tuple[torch.nn.Module, object]:
         raise ValueError(f"{name}: cannot be loaded ({reason}){help}") from None
     finally:
         logging.disable(logging.NOTSET)
+
+
+def is_torchscript(path) -> bool:
+    """Whether a file is a TorchScript archive, as which OpenAI published its CLIPs."""
+    return zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist())
 
 
 # ---- similarities

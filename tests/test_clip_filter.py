@@ -176,6 +176,33 @@ def open_clip_normalized(open_clip, model, pixels):
     return ((pixels + 1) / 2 - torch.tensor(wanted["mean"])[:, None, None]) / torch.tensor(wanted["std"])[:, None, None]
 
 
+def test_openai_files_are_read_as_they_were_published(tmp_path):
+    """A TorchScript archive in half precision, with the sizes among its buffers, and quick GELU unsaid."""
+    config = dict(embed_dim=24, vision_cfg=dict(image_size=32, patch_size=16, width=64, layers=2),
+                  text_cfg=dict(context_length=77, vocab_size=49408, width=64, heads=1, layers=2), quick_gelu=True)
+    clip = build_clip(config).half().float().eval()
+
+    def without_code(module):
+        bare = nn.Module()
+        for name, tensor in module.named_parameters(recurse=False):
+            bare.register_parameter(name, nn.Parameter(tensor.detach().half()))
+        for name, child in module.named_children():
+            bare.add_module(name, without_code(child))
+        return bare
+
+    archive = without_code(clip)
+    for name, value in dict(input_resolution=32, context_length=77, vocab_size=49408).items():
+        archive.register_buffer(name, torch.tensor(value))
+    torch.jit.script(archive).save(tmp_path / "ViT-B-32.pt")
+    loaded = ClipSimilarity.load(f"ViT-B-32-quickgelu:{tmp_path / 'ViT-B-32.pt'}")
+    a = pictures(2, 3, 32, 32)
+    with torch.no_grad():
+        wanted = clip.encode_image(open_clip_normalized(import_open_clip(), loaded.clip, a), normalize=True)
+        assert torch.allclose(loaded.image_features(a), wanted, atol=1e-6)
+        ids = loaded.tokenizer(CAPTIONS)
+        assert torch.allclose(loaded.clip.encode_text(ids), clip.encode_text(ids), atol=1e-6)
+
+
 @pytest.mark.parametrize("name, words", [
     ("nothing.safetensors", "no such file"), ("ViT-L-15:openai", "neither a CLIP file nor a name"),
     ("ViT-L-14:", "one of openai"), ("ViT-L-14:openay", "one of openai"), ("ViT-B-32:{file}", "cannot be loaded")])
