@@ -12,9 +12,11 @@ Every control is linear in the maps, so it acts on the values V, by ordinary fus
 
 InstructPix2Pix's own generator shares self-attention alone, in the unconditional halves too: `share_self_attention`.
 """
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -39,16 +41,27 @@ def word_spans(prompt: str, tokenizer: Tokenizer) -> list[tuple[str, range]]:
 
 def word_tokens(prompt: str, words: str, tokenizer: Tokenizer) -> list[int]:
     """Positions of a word's tokens wherever it stands in the prompt, or of several words' in a row, whatever the case and
-    the punctuation around them. Empty where the prompt lacks them."""
-    spans, wanted = word_spans(prompt, tokenizer), [_bare(word) for word in words.split()]
+    without the punctuation around and between them. Empty where the prompt lacks them."""
+    parts = [part for word, span in word_spans(prompt, tokenizer) for part in _parts(word, span, tokenizer)]
+    wanted = [text for word in words.split() for text, _ in _parts(word, range(len(tokenizer.encode(word))), tokenizer)]
     n = len(wanted)
-    found = [i for i in range(len(spans) - n + 1) if n and [_bare(word) for word, _ in spans[i:i + n]] == wanted]
-    return [token for i in found for _, span in spans[i:i + n] for token in span]
+    found = [i for i in range(len(parts) - n + 1) if n and [text for text, _ in parts[i:i + n]] == wanted]
+    return [token for i in found for _, span in parts[i:i + n] for token in span]
 
 
-def _bare(word):
-    letters = [i for i, c in enumerate(word) if c.isalnum()]
-    return word[letters[0]:letters[-1] + 1].casefold() if letters else word
+# What CLIP's tokenizer never joins: endings such as "'s", letters and digits, punctuation.
+PARTS = re.compile(r"'(?:s|t|re|ve|m|ll|d)|[^\W_]+|[\W_]+", re.IGNORECASE)
+
+
+def _parts(word, span, tokenizer):
+    """[(text, positions)] of what a word is made of, its punctuation left out: "dog's" is dog and 's."""
+    texts = PARTS.findall(word)
+    counts = [len(tokenizer.encode(text)) for text in texts]
+    if sum(counts) != len(tokenizer.encode(word)):                            # the tokenizer put something in its place
+        return [(word.casefold(), span)]
+    ends = list(accumulate(counts))
+    return [(text.casefold(), span[end - count:end]) for text, count, end in zip(texts, counts, ends)
+            if any(c.isalnum() for c in text) and span[end - count:end]]
 
 
 def replacement_mapper(source: str, target: str, tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
@@ -293,7 +306,8 @@ class ControlledRun:
         if control.self_side is not None:
             self.most_pixels = control.self_side ** 2 * max(1, height * width / 64 ** 2)
         # LocalBlend reads maps at a quarter of the latents' side, 16 x 16 in the original; for small latents, at a half or all.
-        self.blend_pixels = height * width // (4 if min(height, width) >= 64 else 2 if min(height, width) >= 32 else 1) ** 2
+        side = max(height, width)
+        self.blend_pixels = height * width // (4 if side >= 64 else 2 if side >= 32 else 1) ** 2
         self.maps = [0, 0]                                         # of the blend's words, and of those it subtracts
 
     def predicting(self, predict):
