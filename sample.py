@@ -112,6 +112,8 @@ class TextEditor:
         from ip2p.inversion import InvertedPicture, sdedit
         from ip2p.prompt_to_prompt import LocalBlend, prompt_to_prompt
         args, results = self.args, []
+        null_text = args.method == "null-text"                             # its authors' settings are its own
+        blend = LocalBlend(tuple(args.blend), start=0.2 if null_text else 0.0) if args.blend else None
         for image, prompt in zip(images, prompts):
             if args.method == "sdedit":
                 results += [sdedit(self.model, image, prompt, strength=args.strength, steps=steps, cfg_text=cfg_text,
@@ -121,9 +123,9 @@ class TextEditor:
             control = prompt_to_prompt(self.model.tokenizer, texts, steps, cross_replace_steps=args.cross_steps,
                                        mode="replace" if len(texts[0].split()) == len(prompt.split()) else "refine",
                                        self_replace_steps=args.self_steps,
-                                       local_blend=LocalBlend(tuple(args.blend)) if args.blend else None)
+                                       self_side=32 if null_text else 16, local_blend=blend)
             if image is not self.picture:
-                self.inverted = InvertedPicture(self.model, image, args.source_prompt, optimize=args.method == "null-text",
+                self.inverted = InvertedPicture(self.model, image, args.source_prompt, optimize=null_text,
                                                 steps=steps, cfg_text=cfg_text, size=size, progress=progress)
                 self.picture = image
             results.append(self.inverted.edit([prompt], control, progress=progress)[1])

@@ -12,7 +12,7 @@ import torch
 from pictures import colors
 from PIL import Image
 
-from ip2p import InstructPix2Pix
+from ip2p import InstructPix2Pix, prompt_to_prompt
 from ip2p.checkpoint import Parts, load_checkpoint, save_checkpoint
 from ip2p.grid import grid_sheet
 from ip2p.images import open_image, to_images, to_pixels
@@ -293,6 +293,17 @@ def test_methods_of_a_text_to_image_model(cli, tmp_path):
     assert len(cli(*flags, "--blend", "fox", "fox").files) == 1
     missing = cli(*flags, "--blend", "fox", "cat")
     assert missing.code == 2 and "'cat' is not in the prompt" in missing.err and len(missing.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("method, self_side, start", [("p2p", 16, 0.0), ("null-text", 32, 0.2)])
+def test_either_inversion_has_the_control_of_its_authors(cli, tmp_path, monkeypatch, method, self_side, start):
+    made = []
+    make = prompt_to_prompt.prompt_to_prompt
+    monkeypatch.setattr(prompt_to_prompt, "prompt_to_prompt", lambda *args, **kwargs: made.append(make(*args, **kwargs)) or made[-1])
+    base = write_model(tmp_path / "sd.safetensors", in_channels=4)
+    result = cli("--model", base, "--method", method, "--source-prompt", "a fox", "--prompt", "a red fox", "--blend", "fox", "fox")
+    assert result.code == 0, result.err
+    assert made[0].self_side == self_side and made[0].blend.start == start
 
 
 def test_compile_wraps_the_unet(cli, monkeypatch):
