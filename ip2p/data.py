@@ -255,11 +255,16 @@ def prompt_texts(record, where, names=("caption", "edit", "output")) -> list[str
     """Caption, instruction and edited caption of a prompt, or those of them that are named. The caption may be called "input", as
     in the published files. ValueError if one is missing or blank."""
     record = record if isinstance(record, dict) else {}
-    texts = [record.get(name, record.get("input") if name == "caption" else None) for name in names]
+    texts = [first_text(record, *(("caption", "input") if name == "caption" else (name,))) for name in names]
     for name, text in zip(names, texts):
-        if not isinstance(text, str) or not text.strip():
+        if text is None:
             raise ValueError(f"{where}: a prompt needs a text as {name!r}")
     return texts
+
+
+def first_text(record: dict, *names: str) -> str | None:
+    """The first of the entries named that is a text, and not a blank one; None if there is none."""
+    return next((text for name in names if isinstance(text := record.get(name), str) and text.strip()), None)
 
 
 def list_seeds(path) -> list:

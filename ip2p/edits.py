@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from .data import read_jsonl
+from .data import first_text, read_jsonl
 from .encodings import find_encoding, unpack_encoding
 from .gpt import GPT, generate, load_gpt
 from .world import World
@@ -60,8 +60,9 @@ def read_triples(paths: Iterable[str | Path]) -> list[dict]:
     triples = []
     for path in paths:
         for number, row in read_jsonl(path):
-            triple = {"input": row.get("input", row.get("caption")), "edit": row.get("edit"), "output": row.get("output")}
-            missing = [key for key, text in triple.items() if not isinstance(text, str) or not text.strip()]
+            triple = {"input": first_text(row, "input", "caption"), "edit": first_text(row, "edit"),
+                      "output": first_text(row, "output")}
+            missing = [key for key, text in triple.items() if text is None]
             if missing:
                 raise ValueError(f"{path}:{number}: a triple needs non-empty texts 'input' (or 'caption'), 'edit' and "
                                  f"'output'; lacks {', '.join(missing)}")
@@ -133,8 +134,8 @@ def read_captions(path: str | Path) -> Iterator[tuple[str, str | None]]:
                 return
             rows = read_jsonl(path) if path.suffix == ".jsonl" else enumerate(csv.DictReader(lines), 2)
             for number, row in rows:
-                caption = next((row[key] for key in ("caption", "input", "TEXT") if isinstance(row.get(key), str)), "")
-                if not caption.strip():
+                caption = first_text(row, "caption", "input", "TEXT")
+                if caption is None:
                     raise ValueError(f"{path}:{number}: no caption under 'caption', 'input' or 'TEXT'")
                 url = row.get("url", row.get("URL"))
                 yield " ".join(caption.split()), url and str(url)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from ip2p.check_data import check_dataset
-from ip2p.data import PairedDataset, keep_pictures, list_seeds, read_jsonl
+from ip2p.data import PairedDataset, keep_pictures, list_seeds, prompt_texts, read_jsonl
 
 SMALL = dict(min_resize_res=16, max_resize_res=16, crop_res=16, flip_prob=0.0)
 
@@ -252,6 +252,15 @@ def test_keeping_completes_what_was_interrupted(tmp_path):
 def damage(action):
     """An action on `s.path` (the set), `s.folder` (its second prompt) and `s.seeds` (the text of seeds.json)."""
     return lambda path: action(SimpleNamespace(path=path, folder=path / "0000001", list=path / "seeds.json"))
+
+
+def test_a_caption_is_found_beside_a_blank_under_its_other_name():
+    """As files are written that were merged from both."""
+    rest = {"edit": "make it night", "output": "a fox at night"}
+    for record in ({"caption": None, "input": "a fox"}, {"caption": " ", "input": "a fox"}, {"caption": "a fox", "input": None}):
+        assert prompt_texts(record | rest, "") == ["a fox", "make it night", "a fox at night"]
+    with pytest.raises(ValueError, match="x.json: a prompt needs a text as 'caption'"):
+        prompt_texts({"caption": None} | rest, "x.json")
 
 
 def append(path, text):

@@ -60,7 +60,7 @@ def test_acceptance(completion, expected):
 
 def test_triples_are_read_under_both_published_keys(tmp_path):
     rows = [{"input": "a fox", "edit": "make it night", "output": "a fox at night", "url": None},
-            {"caption": "a cat", "edit": "make it a dog", "output": "a dog"}]
+            {"caption": "a cat", "edit": "make it a dog", "output": "a dog", "input": None}]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     assert read_triples([tmp_path / "t.jsonl"]) == [{"input": "a fox", "edit": "make it night", "output": "a fox at night"},
                                                     {"input": "a cat", "edit": "make it a dog", "output": "a dog"}]
