@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from ip2p import InstructPix2Pix, distributed
-from ip2p.checkpoint import load_checkpoint, save_checkpoint
+from ip2p.checkpoint import load_checkpoint, round_as_stored, save_checkpoint
 from ip2p.command_line import PARAMETERIZATION, Parser, exit_status
 from ip2p.distill import train_distill
 from ip2p.features import CachedPairs, hash_weights
@@ -127,6 +127,9 @@ def train_edit(args, base):
 
     # Score, save.
     move_frozen(args.device)
+    small = is_miniature(base.metadata)
+    if small:
+        round_as_stored(editor.parts, small_dtype)
     if held_out:
         batches = data_batches(held_out, encode_pairs, min(args.score_examples, len(held_out)), size=16)
     else:
@@ -142,7 +145,7 @@ def train_edit(args, base):
     if hasattr(pairs, "skipped") and (skipped := pairs.skipped.count()):
         record["skipped"] = skipped
         distributed.say(f"{skipped} pairs were skipped, as their files cannot be read")
-    start, small = args.init or args.base, is_miniature(base.metadata)
+    start = args.init or args.base
     path = args.out / ("mini-ip2p.safetensors" if small else "ip2p.safetensors")
     beside = small and start.resolve().parent == args.out.resolve()
     shared = {"vae": base.metadata.get("shared", {}).get("vae", start.name)} if beside else None          # stored once

@@ -17,7 +17,7 @@ import torch
 
 from . import keys
 from .diffusers_folder import FOLDER, PREDICTION, read_folder, read_vae, write_folder
-from .tensorfiles import cast, read_state_dict, replacing, write_safetensors
+from .tensorfiles import cast, read_state_dict, replacing, round_weights, write_safetensors
 from .text import TextConfig, TextEncoder
 from .unet import UNet, UNetConfig
 from .vae import AutoencoderKL, VAEConfig
@@ -30,6 +30,7 @@ SD1_TEXT = dict(quick_gelu=True, skip_last=0, pad_with_end=True)
 SD2_TEXT = dict(quick_gelu=False, skip_last=1, pad_with_end=False)
 MODELS = {"unet": (UNet, UNetConfig), "vae": (AutoencoderKL, VAEConfig), "text": (TextEncoder, TextConfig)}
 NAMES = {"unet": "UNet", "vae": "VAE", "text": "text encoder"}
+PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text": "cond_stage_model.model."}
 
 
 @dataclass
@@ -149,9 +150,9 @@ def _read_file(path, use_shared=True):
         tensors = _below(tensors, "module.")
     tensors = {name: tensor for name, tensor in tensors.items() if not IGNORED.fullmatch(name)}
     names = list(tensors)
-    unet, ema = _below(tensors, "model.diffusion_model."), _below(tensors, "model_ema.")
-    vae = _below(tensors, "first_stage_model.")
-    hf, text = _below(tensors, "cond_stage_model.transformer."), _below(tensors, "cond_stage_model.model.")
+    unet, ema = _below(tensors, PREFIXES["unet"]), _below(tensors, "model_ema.")
+    vae = _below(tensors, PREFIXES["vae"])
+    hf, text = _below(tensors, "cond_stage_model.transformer."), _below(tensors, PREFIXES["text"])
     if not unet:
         raise ValueError(f"{path}: holds no UNet (model.diffusion_model.*) among its {_some(names)} tensors")
     if tensors:
@@ -192,11 +193,11 @@ def _read_vae(path):
     if path.is_dir():
         return read_vae(path / "vae" if (path / "vae").is_dir() else path)
     tensors, record = read_state_dict(path)
-    if any(name.startswith("model.diffusion_model.") for name in tensors):          # a checkpoint, its VAE perhaps in another
+    if any(name.startswith(PREFIXES["unet"]) for name in tensors):          # a checkpoint, its VAE perhaps in another
         found = _read_file(path)
         return found.tensors["vae"], found.known["vae"]
-    tensors = _below(dict(tensors), "first_stage_model.") or tensors
-    tensors = {name: tensor for name, tensor in tensors.items() if not IGNORED.fullmatch(f"first_stage_model.{name}")}
+    tensors = _below(dict(tensors), PREFIXES["vae"]) or tensors
+    tensors = {name: tensor for name, tensor in tensors.items() if not IGNORED.fullmatch(PREFIXES["vae"] + name)}
     return keys.vae_from_diffusers(tensors), record.get("vae", {})
 
 
@@ -289,17 +290,17 @@ def save_checkpoint(parts: Parts, path, layout="ldm", metadata=None, shared=None
 
     others = {part: _read_file(path.parent / name, use_shared=False).tensors[part] for part, name in shared.items()}
     stored = others.get("unet", {})
-    tensors = {f"model.diffusion_model.{name}": t for name, t in parts.unet.state_dict().items()
-               if name not in stored or not torch.equal(cast(name, t.cpu(), dtype), cast(name, stored[name], dtype))}
+    tensors = {PREFIXES["unet"] + name: t for name, t in parts.unet.state_dict().items() if name not in stored or
+               not torch.equal(*(cast(PREFIXES["unet"] + name, x, dtype) for x in (t.cpu(), stored[name])))}
     record["unet"] = asdict(parts.unet.config)
     if shared:
         record |= dict(shared=shared, shared_sums={part: checksum(found) for part, found in others.items()})
     if "vae" not in shared:
         record["vae"] = asdict(parts.vae.config)
-        tensors |= {f"first_stage_model.{name}": t for name, t in parts.vae.state_dict().items()}
+        tensors |= {PREFIXES["vae"] + name: t for name, t in parts.vae.state_dict().items()}
     if "text" not in shared:
         text, config = _as_published(parts.text)
-        record["text"], prefix = asdict(config), "cond_stage_model.model."
+        record["text"], prefix = asdict(config), PREFIXES["text"]
         if config.quick_gelu:
             prefix, text = "cond_stage_model.transformer.", keys.text_to_hf(text)
         tensors |= {prefix + name: t for name, t in text.items()}
@@ -311,6 +312,12 @@ def save_checkpoint(parts: Parts, path, layout="ldm", metadata=None, shared=None
         else:
             tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
             torch.save({"state_dict": tensors, "ip2p": json.loads(json.dumps(record))}, temporary)
+
+
+def round_as_stored(parts: Parts, dtype):
+    """The weights in place, rounded to what a file that is saved with this dtype gives back: what is scored is what is stored."""
+    for part, prefix in PREFIXES.items():
+        round_weights(getattr(parts, part), dtype, prefix)
 
 
 def _as_published(text):

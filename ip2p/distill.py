@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import distributed
-from .checkpoint import save_checkpoint
+from .checkpoint import round_as_stored, save_checkpoint
 from .features import hash_weights
 from .guidance import guidance_condition, instruct_denoiser
 from .lessons import announce, encoders, open_data, open_pairs, save_sheet, score_edits
@@ -136,8 +136,10 @@ def train_distill(args, base):
     record = run(args, student, loss_fn, sheet, **fixed)
     if distributed.rank():
         return None
-    sheet(args.out / args.stage / "sheet-final.png", count=24, per_kind=min(6, args.score_examples))
     small, shared = is_miniature(base.metadata), {}
+    if small:
+        round_as_stored(editor.parts, small_dtype)
+    sheet(args.out / args.stage / "sheet-final.png", count=24, per_kind=min(6, args.score_examples))
     record |= own | dict(teacher=history(base.metadata)) | (score_edits(editor, world, args) if small else {})
     if small and args.init.resolve().parent == args.out.resolve():                      # what both have is stored once
         shared = base.metadata.get("shared", {}) | {"text": args.init.name, "unet": args.init.name}

@@ -12,7 +12,7 @@ from .edits import EditWriter, completion_loss, make_completion, make_prompt, re
 from .encodings import pack_encoding, train_encoding
 from .gpt import GPT, GPTConfig, save_gpt
 from .stages import run
-from .tensorfiles import small_dtype
+from .tensorfiles import round_weights, small_dtype
 from .world import SPLITS
 from .world_reader import judge, relexicalize
 
@@ -81,9 +81,11 @@ def train_edits(args, world):
 
     learns_from = hashlib.sha256(json.dumps([triples, str(args.base)]).encode()).hexdigest()
     record = run(args, model, loss_fn, learns_from=learns_from)
+    dtype = torch.float16 if args.base else small_dtype
+    round_weights(model, dtype)                                          # what is scored is what is stored
     record |= dict(triples=len(triples), verbatim=not readable, pretrain_steps=first,
                    scores=score_writer(writer, world, args), encoding=pack_encoding(encoding))
-    save_gpt(model, args.out / "mini-gpt.safetensors", record, dtype=torch.float16 if args.base else small_dtype)
+    save_gpt(model, args.out / "mini-gpt.safetensors", record, dtype=dtype)
     return {k: v for k, v in record.items() if k != "encoding"}
 
 

@@ -11,14 +11,14 @@ from torch import nn
 
 from . import distributed
 from .attention import SpatialTransformer
-from .checkpoint import Parts, load_checkpoint, load_vae, save_checkpoint, save_vae
+from .checkpoint import Parts, load_checkpoint, load_vae, round_as_stored, save_checkpoint, save_vae
 from .clip_filter import build_clip, load_clip, normalize_pixels, save_clip
 from .features import hash_weights
 from .images import contact_sheet, save_image, to_images
 from .pipeline import InstructPix2Pix
 from .scorer import build_scorer, load_scorer, read_scene, save_scorer, score_scorer, scorer_loss, soften
 from .stages import Pool, diffusion_loss, draw_timesteps, history, is_settling, latent_moments, run, to_device
-from .tensorfiles import read_state_dict, small_dtype
+from .tensorfiles import read_state_dict, round_weights, small_dtype
 from .text import TextConfig, TextEncoder, Tokenizer
 from .training import seeded
 from .truth import psnr, through
@@ -105,6 +105,7 @@ def train_clip(args, world):
         return loss, dict(accuracy=(logits.argmax(1) == target).float().mean())
 
     record = run(args, clip, loss_fn)
+    round_weights(clip, small_dtype)
     with torch.no_grad():
         right = [similarities(start, 100, "combinations").argmax(1) == torch.arange(100, device=args.device)
                  for start in range(0, args.score_examples, 100)]
@@ -117,7 +118,7 @@ def train_clip(args, world):
 
 UNET = UNetConfig(in_channels=VAE.z_channels, out_channels=VAE.z_channels, model_channels=128, channel_mult=(1, 1, 1),
                   num_res_blocks=1, attention_levels=(True, True, True), context_dim=TEXT.width, num_heads=None,
-                  head_channels=32)                  # weights/mini-sd, which is older, has 64 channels in its first level
+                  head_channels=32)
 
 
 def train_base(args, world):
@@ -167,6 +168,7 @@ def train_base(args, world):
     record = run(args, model, loss_fn, sheet, vae=hash_weights(vae))
     if distributed.rank():
         return None
+    round_as_stored(parts, small_dtype)
     sheet(args.out / "base" / "sheet-final.png")
     with torch.no_grad():
         loss, _ = loss_fn(0, slice(None), draw(0, args.score_examples, "combinations"), dropout=0, timesteps="uniform")

@@ -296,6 +296,13 @@ def cast(name: str, tensor: Tensor, dtype) -> Tensor:
     return tensor.to((dtype(name, tensor) if callable(dtype) else dtype) or tensor.dtype)
 
 
+@torch.no_grad()
+def round_weights(module, dtype, prefix=""):
+    """A module's weights in place, rounded to what would be stored of them under their names with this prefix."""
+    for name, tensor in module.state_dict().items():
+        tensor.copy_(cast(prefix + name, tensor, dtype))
+
+
 def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict[str, str]):
     """Writes tensors one at a time, so that no second copy of them all is made."""
     names = {dtype: name for name, dtype in DTYPES.items()}
