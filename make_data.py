@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ip2p.command_line import PARAMETERIZATION, Parser, exit_status, within
+from ip2p.command_line import PARAMETERIZATION, SEEDS, Parser, exit_status, within
 from ip2p.data import (find_pictures, keep_pictures, list_seeds, prompt_texts, read_json, read_jsonl, write_file, write_rows,
                        write_sheet)
 from ip2p.distributed import DTYPES, choose_device, locked
@@ -135,9 +135,9 @@ def draw_pairs(args):
     limits = choose_thresholds(args)
     told = {k: v for k, v in vars(args).items() if v not in (None, False) and k not in ("scratch", "torch_dtype")}
     print(" ".join(f"{k}={v}" for k, v in told.items()), limits, flush=True)
-    begin_or_continue(args, limits, model)
-    prompts = [(name, prompt) for name, prompt in prompts if not is_done(args.out / name, prompt)]
     judge = None if args.pairs_only else ClipSimilarity.load(args.clip, args.device)
+    begin_or_continue(args, limits, model)                            # once all is there that it takes
+    prompts = [(name, prompt) for name, prompt in prompts if not is_done(args.out / name, prompt)]
 
     done = Counter(prompts=0, samples=0, kept=0)
     bar = tqdm(total=len(prompts) * args.n_samples, unit="pair", dynamic_ncols=True)
@@ -162,11 +162,13 @@ def read_prompts(args):
     file, (shard, shards) = Path(args.prompts_file or args.out / "edits.jsonl"), args.shard
     if args.pairs_only and not file.exists():
         raise ValueError(f"{file}: no such file; --pairs-only needs a --prompts-file, or --edits-only before it")
-    prompts = []
+    prompts, number = [], 0
     for number, prompt in islice(read_jsonl(file), None if args.prompts_file else args.num_captions):
         prompt_texts(prompt, f"{file}:{number}")
         if (number - 1) % shards == shard:
             prompts.append((f"{number - 1:07d}", prompt))
+    if not number:
+        raise ValueError(f"{file}: holds no prompts")
     return prompts
 
 
@@ -328,8 +330,8 @@ def read_samples(folder):
     rows = {}
     for file in [p for p in (folder / "samples.jsonl", folder / "metadata.jsonl") if p.exists()][:1]:
         for number, row in read_jsonl(file):
-            if "seed" not in row:
-                raise ValueError(f"{file}:{number}: a pair without its seed")
+            if not isinstance(row.get("seed"), (int, str)):
+                raise ValueError(f"{file}:{number}: a pair without its seed, a number or a text")
             rows[row["seed"]] = row
     for seed in sorted(path.name.removesuffix("_0.jpg") for path in folder.glob("*_0.jpg")):
         if seed not in map(str, rows):
@@ -433,7 +435,7 @@ def parse(argv=None):
          "or wrong, show how, and store them in its file")
     flag("--shard", type=shard, default=f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}", metavar="I/N",
          help="do every N-th prompt from the I-th, counted from 0, beside others in the same OUT (default: torchrun's rank)")
-    flag("--seed", type=within(int, 0, 2 ** 63 - 1), default=0, help="of edits, noise and settings (default: %(default)s)")
+    flag("--seed", type=SEEDS, default=0, help="of edits, noise and settings (default: %(default)s)")
     flag("--batch-size", type=within(int, 1, 10000), default=8, help="pairs drawn at a time (default: %(default)s)")
     flag("--device", help="such as cpu, cuda or cuda:1 (default: cuda if there is one, else cpu)")
     flag("--dtype", choices=DTYPES, help="of weights and arithmetic (default: on cuda bf16, or fp16 before Ampere; else fp32)")

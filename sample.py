@@ -10,13 +10,14 @@ PNG files in outputs/ that record, as JSON in their text chunk "ip2p", what is n
 """
 import json
 import re
+import signal
 import sys
 import tempfile
 from contextlib import contextmanager, nullcontext
 from itertools import chain, count, islice, product
 from pathlib import Path
 
-from ip2p.command_line import PARAMETERIZATION, Parser, complaint, exit_status, within
+from ip2p.command_line import PARAMETERIZATION, SEEDS, Parser, complaint, exit_status, within
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 EDITOR = WEIGHTS / "mini-ip2p-fast.safetensors", "path/to/instruct-pix2pix-00-22000.safetensors or --model timbrooks/instruct-pix2pix"
@@ -262,7 +263,7 @@ def parse(argv=None):
     flag("--cfg-text", type=scale, nargs="+", help="how much to follow the instruction (default: the model's own, else 7.5)")
     flag("--cfg-image", type=scale, nargs="+", help="how much to keep of the picture (default: the model's own, else 1.5)")
     flag("--negative-prompt", default="", help="what to lead away from (default: nothing)")
-    flag("--seed", type=within(int, 0, 2 ** 63 - 1), default=0, help="of the noise (default: %(default)s)")
+    flag("--seed", type=SEEDS, default=0, help="of the noise (default: %(default)s)")
     flag("--num-images", type=within(int, 1, 10000), default=1, help="results of each picture and instruction, with this seed "
          "and the next ones (default: %(default)s)")
     flag("--size", type=within(int, 8, 8192), help="long side of the picture in the model (default: the model's own)")
@@ -304,4 +305,5 @@ def parse(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)            # as Ctrl-C: nothing half written is left
     sys.exit(run())

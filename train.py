@@ -27,7 +27,7 @@ from torch import nn
 
 from ip2p import InstructPix2Pix, distributed
 from ip2p.checkpoint import load_checkpoint, round_as_stored, save_checkpoint
-from ip2p.command_line import PARAMETERIZATION, Parser, exit_status
+from ip2p.command_line import PARAMETERIZATION, SEEDS, Parser, exit_status
 from ip2p.distill import train_distill
 from ip2p.features import CachedPairs, hash_weights
 from ip2p.guidance import dropout_masks
@@ -38,9 +38,9 @@ from ip2p.presets import ABOUT_PRESETS, PRESETS, defaults
 from ip2p.stages import Pool, diffusion_loss, draw_timesteps, history, is_miniature, is_settling, run, to_device
 from ip2p.tensorfiles import read_state_dict, small_dtype
 from ip2p.training import seeded
-from ip2p.world import World
+from ip2p.world import SIZE, World
 
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = Path(__file__).resolve().parent / "weights"
 
 
 # ---- the editor
@@ -174,6 +174,8 @@ def main(args):
     args.device = distributed.own_device(args.device)
     distributed.check_device(args.device)
     base = open_base(args) if args.stage in FROM_A_MODEL else None
+    if not base and args.data not in (None, "world"):
+        raise ValueError(f"--stage {args.stage} learns from the toy world, not from --data {args.data}")
     args.data = args.data if base else "world"
     for name, value in defaults(args).items():
         if getattr(args, name, None) is None:
@@ -234,6 +236,8 @@ def open_base(args):
     multiple = InstructPix2Pix(base).size_multiple
     if args.size < 1 or args.size % multiple:
         raise ValueError(f"--size must be a multiple of {multiple}, got {args.size}")
+    if args.data == "world" and args.size != SIZE:
+        raise ValueError(f"--size {args.size}: the toy world's pictures are {SIZE} x {SIZE}")
     return base
 
 
@@ -275,7 +279,9 @@ def train_all(args, argv):
         record = read_state_dict(path)[1] if path.exists() else {}
         if not record.get("finished"):
             own = parse([*argv, "--stage", stage])
-            if stage in FROM_A_MODEL and own.data is None:
+            if stage in FROM_NOTHING:
+                own.data = None
+            elif own.data is None:
                 own.data = str(draw_own_pairs(args) if stage == "edit" else args.out / "data")
             record = main(own)
             if not record["finished"]:
@@ -355,7 +361,7 @@ def parse(argv=None):
     stages, own = [*FROM_NOTHING, *FROM_A_MODEL, "all"], "(default: the stage's or the preset's own)"
     flag("--stage", choices=stages, default="edit", help="what to train (default: %(default)s)")
     flag("--out", type=Path, default=Path("runs"), help="folder of the runs (default: %(default)s)")
-    flag("--seed", type=int, default=0, help="of initial weights, noise and examples (default: %(default)s)")
+    flag("--seed", type=SEEDS, default=0, help="of initial weights, noise and examples (default: %(default)s)")
     flag("--steps", type=int, help=f"optimiser steps in all; may be changed when resuming {own}")
     flag("--minutes", type=float, help="stop a stage after so many minutes; repeat the command to go on (default: never)")
     flag("--batch-size", type=int, help=f"examples a step, over all parts and processes {own}")

@@ -3,7 +3,7 @@ import contextlib
 from collections import Counter
 from pathlib import Path
 
-from .data import find_pairs, is_seeds, list_seeds, listed_row, prompt_texts, read_json, read_jsonl
+from .data import find_pairs, is_seeds, list_seeds, list_tables, listed_row, prompt_texts, read_json, read_jsonl
 from .images import open_image
 
 
@@ -13,7 +13,7 @@ def check_dataset(path) -> list[str]:
     if (path / "seeds.json").exists() or any(path.glob("*/prompt.json")) or any(path.glob("*/*_0.jpg")):
         return _check_published(path)
     problems, seen = [], set()
-    if len(lists := [path] if path.suffix == ".jsonl" else sorted(path.glob("*.jsonl"))) == 1:
+    if not list_tables(path) and len(lists := [path] if path.suffix == ".jsonl" else sorted(path.glob("*.jsonl"))) == 1:
         pairs = []
         for n, row in read_jsonl(lists[0], problems):
             with _noting(problems):
@@ -21,6 +21,8 @@ def check_dataset(path) -> list[str]:
                 if pairs[-1] in seen:
                     problems.append(f"{lists[0]}:{n}: the same as an earlier line")
                 seen.add(pairs[-1])
+        if not (pairs or problems):
+            problems.append(f"{lists[0]}: a data set without pairs")
     else:
         pairs = []
         with _noting(problems):
@@ -60,6 +62,8 @@ def _check_published(path):
         if not is_seeds(seeds):
             raise ValueError(f"{file}: needed a list of [folder, [seed, ...]]")
         said = {(name, str(seed)) for name, found in seeds for seed in found}
+        if not (said or there):
+            problems.append(f"{path}: a data set without pairs")
         if [name for name, _ in seeds] != sorted({name for name, _ in seeds}):
             problems.append(f"{file}: its folders are not sorted, or one comes twice")
         problems += [f"{file}: lists a pair that is not there: {name}/{seed}_0.jpg" for name, seed in sorted(said - there)]
@@ -75,7 +79,7 @@ def _check_prompt(folder, problems):
         prompt_texts(read_json(folder / "prompt.json"), folder / "prompt.json")
     seeds = {}
     for place in (folder, folder / "rest"):
-        seeds[place] = sorted({p.name.split("_")[0] for p in place.glob("*_[01].jpg")})
+        seeds[place] = sorted({p.name.rpartition("_")[0] for p in place.glob("*_[01].jpg")})
         for seed in seeds[place]:
             _check_pair(place / f"{seed}_0.jpg", place / f"{seed}_1.jpg", problems)
     for name in ("metadata.jsonl", "samples.jsonl"):

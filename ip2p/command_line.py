@@ -32,6 +32,9 @@ def within(kind: Callable, least: float, most: float) -> Callable:
     return convert
 
 
+SEEDS = within(int, 0, 2 ** 63 - 1)                         # what torch takes
+
+
 def exit_status(name: str, command: Callable, short_of_memory: str, stopped: str = "", status_if_stopped: int = 130) -> int:
     """Runs a command. Returns its exit status: what command() returns, 0 if that is None; or 2, with one line on stderr, for
     whatever its user can put right.

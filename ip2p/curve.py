@@ -30,6 +30,7 @@ def evaluate_curve(args):
     the same picture?), each method at each of its settings. A row, and a point of the plot, is the mean over all edits."""
     plt = import_pyplot() if args.plot else None
     editor, base = (InstructPix2Pix.load(path, args.device, args.dtype) for path in (args.model, args.base))
+    editor.check_edits()
     base.check_makes_pictures()
     judge, size = ClipSimilarity.load(args.clip, args.device), base.parts.image_size
     pictures, instructions, captions, edited = (data_edits if args.data else world_edits)(args, size)

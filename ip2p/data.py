@@ -123,8 +123,8 @@ def find_pairs(path):
     path = Path(path)
     if (path / "seeds.json").is_file():
         pairs = PublishedFolder(path)
-    elif tables := [path] if path.suffix == ".parquet" else sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")]):
-        pairs = ParquetTables([table for table in tables if table.name.startswith("train-")] or tables)
+    elif tables := list_tables(path):
+        pairs = ParquetTables(tables)
     elif len(lists := [path] if path.suffix == ".jsonl" else sorted(path.glob("*.jsonl"))) == 1:
         pairs = [[listed_row(row, f"{lists[0]}:{n}", lists[0].parent)] for n, row in read_jsonl(lists[0])]
     else:
@@ -133,6 +133,12 @@ def find_pairs(path):
     if not len(pairs):
         raise ValueError(f"{path}: a data set without pairs")
     return pairs
+
+
+def list_tables(path: Path) -> list[Path]:
+    """A data set's Parquet files: of several those named train-*, if there are such."""
+    tables = [path] if path.suffix == ".parquet" else sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
+    return [table for table in tables if table.name.startswith("train-")] or tables
 
 
 class PublishedFolder:
@@ -259,6 +265,8 @@ def prompt_texts(record, where, names=("caption", "edit", "output")) -> list[str
     for name, text in zip(names, texts):
         if text is None:
             raise ValueError(f"{where}: a prompt needs a text as {name!r}")
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise ValueError(f"{where}: {name!r} has half of a character (a surrogate without its other)")
     return texts
 
 
@@ -270,7 +278,7 @@ def first_text(record: dict, *names: str) -> str | None:
 def list_seeds(path) -> list:
     """What seeds.json must say of a published folder: sorted [[folder, [seed, ...]], ...] of the pairs that are there."""
     names = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
-    seeds = ((name, sorted(p.name.split("_")[0] for p in (Path(path) / name).glob("*_0.jpg"))) for name in names)
+    seeds = ((name, sorted(p.name.removesuffix("_0.jpg") for p in (Path(path) / name).glob("*_0.jpg"))) for name in names)
     return [[name, found] for name, found in seeds if found]
 
 
@@ -309,12 +317,18 @@ def keep_pictures(folder: Path, rows: list[dict], kept: list[dict], scratch: Pat
     write_rows(folder / "metadata.jsonl", kept, scratch)
 
 
+def direction(row: dict) -> float:
+    """A row's direction similarity, 0 if it has none."""
+    score = row.get("clip_sim_dir")
+    return score if isinstance(score, (int, float)) else 0.0
+
+
 def write_sheet(out: Path, scratch: Path, most: tuple[int, int] = (40, 24)):
     """out/sheet.png: for each of the first prompts the best pair that was kept, then the worst that was not."""
     cells = [], []
     for file in islice(sorted(out.glob("*/samples.jsonl")), 200):
         folder, (caption, edit, _) = file.parent, prompt_texts(read_json(file.parent / "prompt.json"), file.parent)
-        rows = sorted((row for _, row in read_jsonl(file) if "seed" in row), key=lambda row: -(row.get("clip_sim_dir") or 0))
+        rows = sorted((row for _, row in read_jsonl(file) if "seed" in row), key=direction, reverse=True)
         for cell, place, most_here in zip(cells, (folder, folder / "rest"), most):
             ranked = rows if place == folder else rows[::-1]
             found = next((row for row in ranked if [p.parent for p in find_pictures(folder, row)] == [place, place]), None)

@@ -5,6 +5,7 @@
     python -m ip2p.evaluate curve            # the paper's figure: ours, SDEdit and Prompt-to-Prompt, by CLIP
     python -m ip2p.evaluate pairs            # what the share of attention does to drawn pairs, for both controls
 """
+import os
 import sys
 from functools import partial
 from itertools import count, islice, product
@@ -14,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from .clip_filter import ClipSimilarity, Thresholds
-from .command_line import Parser, exit_status
+from .command_line import SEEDS, Parser, exit_status, within
 from .curve import evaluate_curve
 from .distributed import DTYPES, check_device
 from .images import contact_sheet, save_image, to_images
@@ -95,7 +96,10 @@ def check(args):
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
     for name in ("json", "plot", "sheet"):
         if path := getattr(args, name, None):
-            (path if name == "sheet" else path.parent).mkdir(parents=True, exist_ok=True)      # or it ends here, not after the work
+            folder = path if name == "sheet" else path.parent
+            folder.mkdir(parents=True, exist_ok=True)                     # or it ends here, not after the work
+            if name != "sheet" and path.is_dir() or not os.access(folder, os.W_OK):
+                raise ValueError(f"--{name} {path}: is a folder" if path.is_dir() else f"--{name} {path}: cannot be written there")
     check_device(args.device)
 
 
@@ -123,14 +127,15 @@ def parse(argv=None):
         flag = sub.add_argument
         flag("--count", type=int, default=count, help=f"{of_what} (default: %(default)s)")
         flag("--batch-size", type=int, default=16, help="pictures made at a time (default: %(default)s)")
-        flag("--seed", type=int, default=0, help="of the examples and the noise (default: %(default)s)")
+        flag("--seed", type=SEEDS, default=0, help="of the examples and the noise (default: %(default)s)")
         flag("--json", type=Path, help="a file for the rows, as jsonl (default: none)")
         flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
              help="such as cpu, cuda or cuda:1 (default: %(default)s)")
         flag("--dtype", choices=DTYPES, default="fp32", help="of the models; bf16 is faster (default: %(default)s)")
         return flag
 
-    several = dict(type=int, nargs="+", help="of the sampler; several give a row each (default: the model's own, else 20)")
+    steps, scale, share = within(int, 1, 1000), within(float, -1000, 1000), within(float, 0, 1)
+    several = dict(type=steps, nargs="+", help="of the sampler; several give a row each (default: the model's own, else 20)")
 
     flag = command("edits", evaluate_edits, "is done what was asked, and nothing else?", 1000,
                    "edits, half of each held-out split, the same number of each kind")
@@ -138,8 +143,8 @@ def parse(argv=None):
          help="editors of the miniature world; several give a row each (default: weights/mini-ip2p.safetensors)")
     flag("--scorer", default=scorer, help="what reads the pictures (default: weights/mini-scorer.safetensors)")
     flag("--steps", **several)
-    flag("--cfg-text", type=float, help="text guidance (default: each model's own)")
-    flag("--cfg-image", type=float, help="image guidance (default: each model's own)")
+    flag("--cfg-text", type=scale, help="text guidance (default: each model's own)")
+    flag("--cfg-image", type=scale, help="image guidance (default: each model's own)")
     flag("--sheet", type=Path, help="a folder for sheets of the first and the worst edits (default: none)")
 
     flag = command("pictures", evaluate_pictures, "do pictures show what their captions say?", 1000,
@@ -148,7 +153,7 @@ def parse(argv=None):
          help="a text-to-image model of the miniature world (default: weights/mini-sd.safetensors)")
     flag("--scorer", default=scorer, help="what reads the pictures (default: weights/mini-scorer.safetensors)")
     flag("--steps", **several)
-    flag("--cfg-text", type=float, help="text guidance (default: the model's own)")
+    flag("--cfg-text", type=scale, help="text guidance (default: the model's own)")
 
     flag = command("curve", evaluate_curve, "the paper's figure", 100, "edits for each point")
     flag("--model", default=editor, help="an editor (default: weights/mini-ip2p.safetensors)")
@@ -157,13 +162,13 @@ def parse(argv=None):
     flag("--data", type=Path, help="a data set as make_data.py writes it, of which the last --count prompts are taken, "
          "as far as training holds them back: the last tenth "
          "(default: held-out edits of the miniature world)")
-    flag("--cfg-text", type=float, help="text guidance of all methods (default: each model's own, else 7.5)")
-    flag("--cfg-image", type=float, nargs="+", default=[1, 1.2, 1.4, 1.6, 1.8, 2, 2.2],
+    flag("--cfg-text", type=scale, help="text guidance of all methods (default: each model's own, else 7.5)")
+    flag("--cfg-image", type=scale, nargs="+", default=[1, 1.2, 1.4, 1.6, 1.8, 2, 2.2],
          help="image guidance of the editor (default: 1 to 2.2)")
-    flag("--strengths", type=float, nargs="+", default=[.3, .4, .5, .6, .7, .8, .9], help="of SDEdit (default: .3 to .9)")
-    flag("--shares", type=float, nargs="+", default=[0, .2, .4, .6, .8, 1],
+    flag("--strengths", type=share, nargs="+", default=[.3, .4, .5, .6, .7, .8, .9], help="of SDEdit (default: .3 to .9)")
+    flag("--shares", type=share, nargs="+", default=[0, .2, .4, .6, .8, 1],
          help="of the steps in which Prompt-to-Prompt uses the source's attention (default: 0 to 1)")
-    flag("--steps", type=int, default=20, help="of the sampler (default: %(default)s)")
+    flag("--steps", type=steps, default=20, help="of the sampler (default: %(default)s)")
     flag("--plot", type=Path, help="a PNG file for the figure; takes matplotlib (default: none)")
 
     flag = command("pairs", evaluate_pairs, "what the share of attention does to drawn pairs", 96,
@@ -172,9 +177,9 @@ def parse(argv=None):
          help="a text-to-image model of the miniature world (default: weights/mini-sd.safetensors)")
     flag("--clip", default=clip, help="the filter (default: weights/mini-clip.safetensors)")
     flag("--controls", choices=CONTROLS, nargs="+", default=CONTROLS, help="what is shared (default: both)")
-    flag("--shares", type=float, nargs="+", default=[i / 10 for i in range(1, 10)],
+    flag("--shares", type=share, nargs="+", default=[i / 10 for i in range(1, 10)],
          help="of the steps (default: .1 to .9)")
-    flag("--steps", type=int, default=20, help="of the sampler (default: %(default)s)")
+    flag("--steps", type=steps, default=20, help="of the sampler (default: %(default)s)")
     flag("--sheet", type=Path, help="a folder for contact sheets (default: none)")
     return parser.parse_args(argv)
 

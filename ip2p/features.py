@@ -150,12 +150,12 @@ class CachedPairs:
         there = min(p.stat().st_size // size if (p := self._path(name)).exists() else 0 for name, size in sizes.items())
         done = there if there == total else there // CHUNK * CHUNK
         index = np.fromfile(self._path("index.i32"), np.int32, done) if done else np.zeros(0, np.int32)
-        healed = next((n for n in np.flatnonzero(index < 0).tolist() if not self._complaint(n)), None)
-        if healed is not None:                                           # what can be read by now is encoded, with all after it
-            done = healed // CHUNK * CHUNK
+        found = self._read_texts()
+        again = next((n for n, i in enumerate(index.tolist()) if i >= len(found) or i < 0 and not self._complaint(n)), None)
+        if again is not None:                                            # what was lost, or can be read by now, and all after it
+            done = again // CHUNK * CHUNK
             index = index[:done]
-        lines = self._path("texts.jsonl").read_text("utf-8").splitlines() if done else []
-        texts = {json.loads(line): i for i, line in enumerate(lines[:max([-1, *index]) + 1])}
+        texts = {text: i for i, text in enumerate(found[:max([-1, *index]) + 1])}
         if done == total:
             return
         ends = {name: done * size for name, size in sizes.items()}
@@ -185,6 +185,13 @@ class CachedPairs:
                 for file in files:
                     file.close()
 
+    def _read_texts(self):
+        """The texts that are there with their features."""
+        path, size = self._path("texts.jsonl"), 2 * int(np.prod(self.text_shape))
+        lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
+        encoded = self._path("contexts.f16").stat().st_size // size if lines and size else len(lines)
+        return [json.loads(line) for line in lines[:encoded] if line.endswith("\n")]
+
     def _encode_chunk(self, before, after, instructions, texts):
         """What to append to each file. New texts are added to `texts`."""
         whole = [i for i, instruction in enumerate(instructions) if instruction is not None]
@@ -202,7 +209,7 @@ class CachedPairs:
         N = len(self.data)
         self.index = np.fromfile(self._path("index.i32"), np.int32)
         self.latents = np.memmap(self._path("latents.f16"), np.float16, "r", shape=(len(self.index), *self.shape))
-        self.texts = [json.loads(line) for line in self._path("texts.jsonl").read_text("utf-8").splitlines()]
+        self.texts = self._read_texts()
         self.row = np.empty((self.views, N), np.int64)                   # of an example, or of the next that is whole
         for view, index in enumerate(self.index.reshape(self.views, N)):
             whole = np.flatnonzero(index >= 0)

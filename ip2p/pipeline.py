@@ -131,9 +131,7 @@ class InstructPix2Pix:
         gives the picture back through the autoencoder (the original's script: the resized picture itself). Raises
         ValueError for what cannot be done.
         """
-        if not self.is_editor:
-            raise ValueError(f"this model's UNet takes {self.unet.config.in_channels} channels, an editor's "
-                             f"{2 * self.vae.config.z_channels}; one that makes pictures from text has `generate`")
+        self.check_edits()
         own = self.own_settings
         steps = own["sample_steps"] if steps is None else steps
         cfg_text = own["cfg_text"] if cfg_text is None else cfg_text
@@ -264,6 +262,12 @@ class InstructPix2Pix:
         with self.working(self.vae):
             decode = partial(low_memory.decode, self.vae) if self.low_memory else self.vae.decode
             return decode((z / self.vae.config.scale_factor).to(self.dtype))
+
+    def check_edits(self):
+        """ValueError unless this is an editor."""
+        if not self.is_editor:
+            raise ValueError(f"this model's UNet takes {self.unet.config.in_channels} channels, an editor's "
+                             f"{2 * self.vae.config.z_channels}; one that makes pictures from text has `generate`")
 
     def check_makes_pictures(self):
         """ValueError unless this is a text-to-image model."""

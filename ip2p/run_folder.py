@@ -17,7 +17,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def read_newest(folder: Path) -> dict | None:
     """The newest checkpoint that is whole, or None if there is none at all. One that is cut short or damaged is renamed, so
-    that it is not counted among those that are kept. ValueError if all are."""
+    that it is not counted among those that are kept. ValueError if all are, or were."""
     for path in reversed(found := list_checkpoints(folder)):
         try:
             return torch.load(path, weights_only=True, map_location="cpu")
@@ -27,8 +27,8 @@ def read_newest(folder: Path) -> dict | None:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:100]
             print(f"{path} is damaged ({reason}); renamed to {path.name}.damaged, going on from the one before", flush=True)
             path.replace(f"{path}.damaged")
-    if found:
-        raise ValueError(f"{folder}: none of its checkpoints can be read; give another --out to start anew")
+    if found or any(folder.glob("step-*.pt.damaged")):
+        raise ValueError(f"{folder}: none of its checkpoints can be read; give another --out, or remove it, to start anew")
     return None
 
 
@@ -54,7 +54,7 @@ def forget_after(folder: Path, step: int):
         leftover.unlink()
     path = folder / "metrics.jsonl"
     if path.exists():
-        rows = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        rows = [line for line in path.read_text().splitlines(keepends=True) if line.startswith("{") and line.endswith("}\n")]
         with replacing(path) as temporary:
             temporary.write_text("".join(line for line in rows if json.loads(line)["step"] <= step))
 

@@ -264,13 +264,16 @@ def _read_legacy(path, data):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A temporary name beside `path`, for a file or a folder, that takes its place when the block has ended well."""
+    """A temporary name beside `path`, for a file or a folder, that takes its place when the block has ended well. ValueError
+    if that would put a file in the place of a folder."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     try:
         yield temporary
         if path.is_dir():                                     # a folder cannot be replaced in one step
+            if not temporary.is_dir():
+                raise ValueError(f"{path}: is a folder, and a file was to be written")
             os.replace(path, old)
         os.replace(temporary, path)
     finally:

@@ -153,6 +153,8 @@ def evaluate_edits(args):
     distance to the truth; beside the true edits, these through the autoencoder, and the unedited pictures."""
     world, scorer = World(args.device), load_scorer(args.scorer, args.device)
     models = {os.path.relpath(path): InstructPix2Pix.load(path, args.device, args.dtype) for path in args.model}
+    for model in models.values():
+        model.check_edits()
     vae = next(iter(models.values())).vae
     makers = {"true edit": lambda before, after, *_: after,
               "true edit, autoencoder": lambda before, after, *_: through(vae, after),

@@ -85,6 +85,14 @@ def test_a_folder_stopped_while_it_is_replaced_is_the_old_one(tmp_path, monkeypa
     assert len(renames) >= at and [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == ["f", "f/old"]
 
 
+def test_a_file_never_takes_the_place_of_a_folder(tmp_path):
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f/old").touch()
+    with pytest.raises(ValueError, match="f: is a folder"), replacing(tmp_path / "f") as temporary:
+        temporary.write_text("new")
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == ["f", "f/old"]
+
+
 def test_safetensors_reads_what_we_write_and_we_read_what_it_writes(tmp_path, saved):
     st = pytest.importorskip("safetensors.torch")
     ours, _ = read_state_dict(saved[1])

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections import Counter
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -261,6 +262,39 @@ def test_a_caption_is_found_beside_a_blank_under_its_other_name():
         assert prompt_texts(record | rest, "") == ["a fox", "make it night", "a fox at night"]
     with pytest.raises(ValueError, match="x.json: a prompt needs a text as 'caption'"):
         prompt_texts({"caption": None} | rest, "x.json")
+
+
+def test_seeds_may_have_any_names(tmp_path):
+    """An underscore among them too: what is listed is what is read."""
+    folder = tmp_path / "0000000"
+    folder.mkdir()
+    for seed, side in product(("my_a", "my_b"), (0, 1)):
+        picture(side).save(folder / f"{seed}_{side}.jpg")
+    (folder / "prompt.json").write_text('{"caption": "a fox", "edit": "make it red", "output": "a red fox"}')
+    (folder / "metadata.jsonl").write_text('{"seed": "my_a"}\n{"seed": "my_b"}\n')
+    assert list_seeds(tmp_path) == [["0000000", ["my_a", "my_b"]]]
+    (tmp_path / "seeds.json").write_text(json.dumps(list_seeds(tmp_path)))
+    assert check_dataset(tmp_path) == [] and len(PairedDataset(tmp_path).pairs[0]) == 2
+
+
+@pytest.mark.parametrize("name, text", [("seeds.json", "[]"), ("pairs.jsonl", ""), ("pairs.jsonl", "\n")])
+def test_a_set_without_pairs_is_no_set(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    problem, = check_dataset(tmp_path)
+    assert problem.endswith("a data set without pairs")
+
+
+def test_a_table_beside_a_list_is_what_is_checked_as_it_is_what_is_read(tmp_path):
+    pytest.importorskip("pyarrow")
+    (tmp_path / "train-0.parquet").write_bytes(b"no table")
+    picture(0).save(tmp_path / "a.png")
+    (tmp_path / "pairs.jsonl").write_text('{"input_image": "a.png", "edited_image": "a.png", "edit_prompt": "leave it"}\n')
+    assert "not a Parquet file" in check_dataset(tmp_path)[0]
+
+
+def test_half_a_character_is_named():
+    with pytest.raises(ValueError, match="x.json: 'edit' has half of a character"):
+        prompt_texts({"caption": "a fox", "edit": "make it \ud83d", "output": "a red fox"}, "x.json")
 
 
 def append(path, text):

@@ -415,12 +415,19 @@ def test_pairs_are_measured_each_by_itself(world, tmp_path):
     (["edits", "--device", "abacus"], "--device abacus cannot be used"),
     (["edits", "--model", "nowhere.safetensors"], "nowhere.safetensors"),
     (["edits", "--scorer", "CLIP"], "not a scorer"),
+    (["edits", "--steps", 1, 0], "must be in 1..1000, got 0"), (["edits", "--cfg-text", "nan"], "must be in -1000..1000, got nan"),
+    (["curve", "--strengths", 2], "must be in 0..1, got 2"), (["pairs", "--shares", -1], "must be in 0..1, got -1"),
+    (["edits", "--seed", 2 ** 64], "must be in 0.."), (["edits", "--json", "FOLDER"], ": is a folder"),
     (["curve", "--base", "EDITOR"], "this model edits pictures")])
 def test_mistakes_are_one_line_and_status_two(words, message, files, capsys):
-    names = {"CLIP": files / "clip.safetensors", "EDITOR": files / "editor.safetensors"}
+    names = {"CLIP": files / "clip.safetensors", "EDITOR": files / "editor.safetensors", "FOLDER": files}
     defaults = [] if "--scorer" in words or words[0] == "curve" else ["--scorer", files / "scorer.safetensors"]
     defaults += ["--model", files / "editor.safetensors"] if words[0] == "curve" else []
-    assert run(words[0], *defaults, *(names.get(word, word) for word in words[1:])) == 2
+    try:
+        code = run(words[0], *defaults, *(names.get(word, word) for word in words[1:]))
+    except SystemExit as stopped:                                     # argparse's own
+        code = stopped.code
+    assert code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and message in lines[0]
 

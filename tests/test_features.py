@@ -186,6 +186,17 @@ def test_a_stop_while_cutting_what_is_torn_loses_no_text(pairs, tmp_path, monkey
                                                                                        "index.i32"))
 
 
+@pytest.mark.parametrize("name", ["texts.jsonl", "contexts.f16"])
+@pytest.mark.parametrize("left", [0, 0.6])
+def test_texts_that_were_lost_are_encoded_again(pairs, tmp_path, name, left):
+    """As a power cut may leave it: the index is whole, what it points to is not."""
+    whole, again = open_cache(pairs, tmp_path / "whole").folder, open_cache(pairs, tmp_path / "cache").folder
+    os.truncate(again / name, int(left * os.path.getsize(again / name)))
+    open_cache(pairs, tmp_path / "cache")
+    assert all((again / each).read_bytes() == (whole / each).read_bytes() for each in ("latents.f16", "contexts.f16", "texts.jsonl",
+                                                                                      "index.i32"))
+
+
 def test_what_could_not_be_read_for_a_moment_is_encoded_by_the_next_run(pairs, tmp_path):
     """As a network's disk fails: nothing has changed that a cache is named for."""
     whole, example = open_cache(pairs, tmp_path / "whole"), PairedDataset.example

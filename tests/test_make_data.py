@@ -339,6 +339,19 @@ def test_a_bad_prompt_is_found_before_anything_is_drawn(cli, tmp_path, line, wor
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_a_clip_that_cannot_be_had_leaves_the_folder_as_it_was(cli, models, tmp_path):
+    """So that the command may be repeated with another."""
+    wrong = cli("--clip", models / "sd.safetensors")
+    assert wrong.code == 2 and "not a CLIP of this project" in wrong.err and not (tmp_path / "out" / "settings.json").exists()
+    assert cli().code == 0
+
+
+def test_a_file_without_prompts_is_refused(cli, tmp_path):
+    (tmp_path / "none.jsonl").write_text("\n")
+    result = cli("--prompts-file", tmp_path / "none.jsonl")
+    assert result.code == 2 and "none.jsonl: holds no prompts" in result.err
+
+
 def test_a_folder_of_other_settings_or_prompts_is_left_alone(cli, models, tmp_path):
     assert cli("--n-samples", 1).code == 0
     before = tree(tmp_path / "out")

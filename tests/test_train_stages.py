@@ -74,6 +74,8 @@ def test_trains_on_a_data_set_and_from_a_base(trained, tmp_path):
     code, line = command(*edit, "--data", "world")                     # the same run on other data
     assert code == 2 and "other settings (data, pairs)" in line and line.count("\n") == 1
     assert (tmp_path / "runs/edit/settings.json").read_text() == settings
+    code, line = command(*edit, "--data", f"{tmp_path / 'data'}/")     # another name of the same
+    assert code == 0, line
     start = out / "mini-sd.safetensors"
     base = ("--batch-size", 2, "--stage", "base", "--init", start, "--out", out, "--seed", 1, "--steps")
     code, line = command(*base, 2)
@@ -154,6 +156,9 @@ def test_two_processes_share_out_the_scenes_and_the_steps(trained, tmp_path):
     ("--init a --base b", "--base is widened into an editor, --init is an editor already: give one of the two"),
     ("--data /nowhere", "/nowhere: not a data set"),
     ("--stage all --init weights/mini-ip2p.safetensors", "--init is for a stage alone"),
+    ("--stage vae --data pairs", "--stage vae learns from the toy world, not from --data pairs"),
+    ("--data world --size 64", "--size 64: the toy world's pictures are 128 x 128"),
+    ("--seed 99999999999999999999", "argument --seed: must be in 0.."),
     ("--stage all --train-text", "--train-text is for a stage alone"),
     ("--stage all --views 0", "--stage all needs --views of at least 1"),
     ("--stage distill --data world --train-text", "--train-text is for --stage edit"),

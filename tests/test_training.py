@@ -191,6 +191,27 @@ def test_a_broken_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, left)
         make_run(tmp_path / "run", 30)
 
 
+def test_a_run_of_damaged_checkpoints_is_refused_each_time(tmp_path):
+    """Repeating the command is the usual advice; it must not begin anew on top of what was there."""
+    make_run(tmp_path, steps=4)
+    for path in list_checkpoints(tmp_path):
+        path.write_bytes(b"nothing")
+    metrics = (tmp_path / "metrics.jsonl").read_text()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="none of its checkpoints can be read"):
+            make_run(tmp_path, steps=4)
+    assert (tmp_path / "metrics.jsonl").read_text() == metrics
+
+
+def test_a_torn_line_of_metrics_is_dropped(tmp_path):
+    for name in ("whole", "torn"):
+        make_run(tmp_path / name, 40)
+    with open(tmp_path / "torn" / "metrics.jsonl", "a") as file:
+        file.write("\0\0\0\n")
+    make_run(tmp_path / "torn", 40)
+    assert len(read_metrics(tmp_path / "torn")) == len(read_metrics(tmp_path / "whole"))
+
+
 def test_memory_that_lacks_does_not_damage_checkpoints(tmp_path, monkeypatch):
     make_run(tmp_path, 3)
 
