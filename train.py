@@ -232,12 +232,14 @@ def open_base(args):
         for name, usual in (("cfg_text", 7.5), ("cfg_image", 1.5)):
             if getattr(args, name) is None:
                 setattr(args, name, base.metadata.get(name, usual))
+    if args.data == "world":
+        if args.size not in (None, SIZE):
+            raise ValueError(f"--size {args.size}: the toy world's pictures are {SIZE} x {SIZE}")
+        args.size = SIZE
     args.size = args.size or PRESETS[args.preset].get("size", base.image_size)
     multiple = InstructPix2Pix(base).size_multiple
     if args.size < 1 or args.size % multiple:
         raise ValueError(f"--size must be a multiple of {multiple}, got {args.size}")
-    if args.data == "world" and args.size != SIZE:
-        raise ValueError(f"--size {args.size}: the toy world's pictures are {SIZE} x {SIZE}")
     return base
 
 
