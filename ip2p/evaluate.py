@@ -98,8 +98,10 @@ def check(args):
         if path := getattr(args, name, None):
             folder = path if name == "sheet" else path.parent
             folder.mkdir(parents=True, exist_ok=True)                     # or it ends here, not after the work
-            if name != "sheet" and path.is_dir() or not os.access(folder, os.W_OK):
-                raise ValueError(f"--{name} {path}: is a folder" if path.is_dir() else f"--{name} {path}: cannot be written there")
+            if folder != path and path.is_dir():
+                raise ValueError(f"--{name} {path}: is a folder, needed the name of a file")
+            if not os.access(folder, os.W_OK):
+                raise ValueError(f"--{name} {path}: {folder} cannot be written to")
     check_device(args.device)
 
 
