@@ -23,8 +23,8 @@ def run(args, module, loss_fn, sheet=None, **fixed):
     """Train `module` by the stage's settings, which are stored in its folder; those that may not change on resuming, and
     `fixed`, in its checkpoints too. Returns the record for the file's metadata."""
     settings = {k: v for k, v in vars(args).items() if k not in ("layout", "autocast") and v is not None}
-    told = MAY_CHANGE if "pairs" not in fixed else (*MAY_CHANGE, "data")          # its pairs say more than a folder's name
-    fixed |= {k: v.name if isinstance(v, Path) else v for k, v in settings.items() if k not in told}
+    free = (*MAY_CHANGE, "data") if "pairs" in fixed else MAY_CHANGE              # pairs say more than their folder's name
+    fixed |= {k: v.name if isinstance(v, Path) else v for k, v in settings.items() if k not in free}
     result = fit(module, loss_fn, args.out / args.stage, steps=args.steps, batch_size=args.batch_size, accumulate=args.accumulate,
                  minutes=args.minutes, lr=args.lr, optimizer=args.optimizer, warmup=args.warmup, cooldown=args.cooldown,
                  ema_decay=args.ema_decay, clip_norm=args.clip_norm, offload=args.offload, keep=args.keep,
