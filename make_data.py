@@ -31,11 +31,12 @@ from ip2p.data import (find_pictures, keep_pictures, list_seeds, prompt_texts, r
 from ip2p.distributed import DTYPES, choose_device, locked
 from ip2p.features import hash_weights
 from ip2p.images import open_image, to_images, to_pixels
+from ip2p.prompt_to_prompt import CONTROLS
 from ip2p.stages import is_miniature
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
-PAPER = dict(clip="ViT-L-14:openai", steps=100, n_samples=100)
-MINIATURE = dict(clip=str(WEIGHTS / "mini-clip.safetensors"), steps=20, n_samples=8)
+PAPER = dict(clip="ViT-L-14:openai", control="self-attention", steps=100, n_samples=100)
+MINIATURE = dict(clip=str(WEIGHTS / "mini-clip.safetensors"), control="local-blend", steps=20, n_samples=8)
 SHOWN = 24                                                     # the first prompts keep all pictures, for the sheet
 
 
@@ -414,8 +415,9 @@ def parse(argv=None):
     flag("--max-p2p", type=share, default=0.9, help="and at most (default: %(default)s)")
     flag("--min-cfg", type=scale, help="guidance, at least (default: the model's usual, 7.5 for Stable Diffusion)")
     flag("--max-cfg", type=scale, help="and at most (default: twice the model's usual)")
-    flag("--control", choices=("self-attention", "cross-attention"), default="self-attention", help="which attention the "
-         "two pictures share: the published generator's, or Prompt-to-Prompt's (default: %(default)s)")
+    flag("--control", choices=CONTROLS, help="what the two pictures share: self-attention, as the paper's; cross-attention and "
+         "half as long self-attention; or these, and all where no changed word is (default: local-blend for the miniature, "
+         "else self-attention)")
     flag("--sampler", choices=("euler-ancestral", "ddim"), default="euler-ancestral", help="default: %(default)s")
     flag("--clip", help="what judges: a CLIP file of ours, or open_clip's name and its weights, a tag or a file, such as "
          "ViT-L-14-quickgelu:weights.pt (default: weights/mini-clip.safetensors for the miniature, else ViT-L-14:openai)")

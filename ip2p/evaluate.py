@@ -3,7 +3,7 @@
     python -m ip2p.evaluate edits            # is done what was asked, and nothing else? by kind, on held-out scenes
     python -m ip2p.evaluate pictures         # do pictures made from captions show what these say?
     python -m ip2p.evaluate curve            # the paper's figure: ours, SDEdit and Prompt-to-Prompt, by CLIP
-    python -m ip2p.evaluate pairs            # what the share of attention does to drawn pairs, for both controls
+    python -m ip2p.evaluate pairs            # what the share of attention does to drawn pairs, for each control
 """
 import os
 import sys
@@ -21,12 +21,12 @@ from .distributed import DTYPES, check_device
 from .images import contact_sheet, save_image, to_images
 from .inversion import invert
 from .pipeline import InstructPix2Pix
+from .prompt_to_prompt import CONTROLS
 from .tables import decimal, percent, print_table, write_rows
 from .truth import FIXED, evaluate_edits, evaluate_pictures, is_fixed, psnr, through, unchanged
 from .world import World
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
-CONTROLS = ("self-attention", "cross-attention")
 
 
 # ---- pairs
@@ -178,7 +178,7 @@ def parse(argv=None):
     flag("--model", default=base,
          help="a text-to-image model of the miniature world (default: weights/mini-sd.safetensors)")
     flag("--clip", default=clip, help="the filter (default: weights/mini-clip.safetensors)")
-    flag("--controls", choices=CONTROLS, nargs="+", default=CONTROLS, help="what is shared (default: both)")
+    flag("--controls", choices=CONTROLS, nargs="+", default=CONTROLS, help="what is shared (default: all)")
     flag("--shares", type=share, nargs="+", default=[i / 10 for i in range(1, 10)],
          help="of the steps (default: .1 to .9)")
     flag("--steps", type=steps, default=20, help="of the sampler (default: %(default)s)")

@@ -208,7 +208,7 @@ class InstructPix2Pix:
         """B pairs of pictures, each of a caption and of its edited caption, drawn from shared noise (InstructPix2Pix,
         Sec. 3.1.2). Every pair has its own seed, share of the steps and guidance scale, and no batch changes it.
 
-        control: "self-attention" or "cross-attention", as in `control_pairs`. x_T: as in `generate`, one for each pair.
+        control: one of `prompt_to_prompt.CONTROLS`, see `control_pairs`. x_T: as in `generate`, one for each pair.
         Returns pixels of either, (B, 3, size, size) float32 in [-1, 1] on the CPU.
         """
         self.check_makes_pictures()

@@ -148,11 +148,12 @@ def refinement_mapper(source: str, target: str, tokenizer: Tokenizer) -> tuple[T
 class LocalBlend:
     """Keep the target's picture to where certain words are: elsewhere its latents become its source's, after every step.
 
-    words: for each prompt, the word or words whose maps count, its source's among them. The maps are summed over heads,
-    layers and steps so far, widened by 3 x 3 and divided by their maximum; they count above `threshold`, in the source or
-    in the target. subtract: words, likewise, whose places do not. start: from this share of the steps on.
+    words: for each prompt, the word or words whose maps count, its source's among them; None: what a prompt and its source
+    do not have in common (`refinement_mapper`). The maps are summed over heads, layers and steps so far, widened by 3 x 3
+    and divided by their maximum; they count above `threshold`, in the source or in the target. subtract: words, likewise,
+    whose places do not. start: from this share of the steps on.
     """
-    words: tuple[str, ...]
+    words: tuple[str, ...] | None = None
     subtract: tuple[str, ...] | None = None
     threshold: float = 0.3
     start: float = 0.0
@@ -246,24 +247,28 @@ def prompt_to_prompt(tokenizer: Tokenizer, prompts: Sequence[str], num_steps: in
         if not any(word_tokens(prompts[r], word, tokenizer) for r in targets):
             raise ValueError(f"no edited prompt has the word {word!r}: {'; '.join(prompts[r] for r in targets)}")
     return AttentionControl(torch.tensor(source), self_steps, from_source, own, cross_steps, self_side, blend=local_blend,
-                            blend_tokens=_blend_tokens(local_blend, prompts, tokenizer) if local_blend else (None, None))
+                            blend_tokens=_blend_tokens(local_blend, prompts, source, tokenizer) if local_blend else (None, None))
+
+
+CONTROLS = ("self-attention", "cross-attention", "local-blend")
 
 
 def control_pairs(tokenizer: Tokenizer, captions: Sequence[str], edited_captions: Sequence[str], shares: Sequence[float],
                   num_steps: int, kind: str = "self-attention") -> AttentionControl:
     """The control for B captions and their B edited captions, drawn as one batch: each edited one borrows from its caption.
 
-    kind: "self-attention", the published generator's: the share of the steps is its p; or "cross-attention", Prompt-to-Prompt's
-    refinement for that share of the steps, with self-attention for half of it. ValueError for another kind or a share
-    outside [0, 1].
+    kind: one of `CONTROLS`: "self-attention", the published generator's: the share of the steps is its p; "cross-attention",
+    Prompt-to-Prompt's refinement for that share of the steps, with self-attention for half of it; "local-blend", the same with
+    the change kept to where the words are that differ. ValueError for another kind or a share outside [0, 1].
     """
-    if kind not in ("self-attention", "cross-attention"):
-        raise ValueError(f"control must be self-attention or cross-attention, got {kind!r}")
+    if kind not in CONTROLS:
+        raise ValueError(f"control must be one of {', '.join(CONTROLS)}, got {kind!r}")
     source, shares = list(range(len(captions))) * 2, list(shares) * 2
     if kind == "self-attention":
         return share_self_attention(source, shares, num_steps)
     return prompt_to_prompt(tokenizer, [*captions, *edited_captions], num_steps, cross_replace_steps=shares,
-                            self_replace_steps=[share / 2 for share in shares], source=source)
+                            self_replace_steps=[share / 2 for share in shares], source=source,
+                            local_blend=LocalBlend(start=0.2) if kind == "local-blend" else None)
 
 
 def _interval(bound, count):
@@ -274,7 +279,7 @@ def _interval(bound, count):
     return int(begin * count), int(end * count)
 
 
-def _blend_tokens(blend, prompts, tokenizer):
+def _blend_tokens(blend, prompts, source, tokenizer):
     def marked(words):
         words = [words] * len(prompts) if isinstance(words, str) else words
         if len(words) != len(prompts):
@@ -287,7 +292,17 @@ def _blend_tokens(blend, prompts, tokenizer):
             row[tokens] = 1
         return marks
 
-    return marked(blend.words), None if blend.subtract is None else marked(blend.subtract)
+    words = _differences(prompts, source, tokenizer) if blend.words is None else marked(blend.words)
+    return words, None if blend.subtract is None else marked(blend.subtract)
+
+
+def _differences(prompts, source, tokenizer):
+    """(R, M), 1 at the tokens that a prompt lacks of its source, and at those that its source lacks."""
+    marks = torch.zeros(len(prompts), tokenizer.config.context_length)
+    for r, s in enumerate(source):
+        for a, b in ((s, r), (r, s)):
+            marks[b] = torch.maximum(marks[b], 1 - refinement_mapper(prompts[a], prompts[b], tokenizer)[1])
+    return marks
 
 
 # ---- at work

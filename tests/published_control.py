@@ -167,12 +167,16 @@ def published_generator(source, shares, num_steps):
 class SlowBlend:
     """Averages stored maps of the layers with so many pixels over heads and layers, sums them over steps, and pastes."""
 
-    def __init__(self, tokenizer, prompts, source, height, width, scale, words, subtract=None, threshold=0.3, start=0.0, *, num_steps):
+    def __init__(self, tokenizer, prompts, source, height, width, scale, words=None, subtract=None, threshold=0.3, start=0.0, *, num_steps):
         self.shape, self.scale, self.threshold, self.start = (height, width), scale, threshold, int(start * num_steps)
         self.source, self.maps, self.steps = source, 0, 0
         self.marks, self.less = (chosen and [[p for word, at in zip(prompt.split(" "), word_positions(prompt, tokenizer))
                                               if word in wanted.split(" ") for p in at] for prompt, wanted in zip(prompts, chosen)]
                                  for chosen in (words, subtract))
+        if words is None:                                                                # what has no counterpart in the other prompt
+            self.marks = [sorted({p for a, b in zip(source, range(len(prompts))) for old, new in ((a, b), (b, a)) if new == row
+                                  for p in (slow_refinement(prompts[old], prompts[new], tokenizer)[1] == 0).nonzero()[:, 0].tolist()})
+                          for row in range(len(prompts))]
 
     def mask(self, marks, pool):
         rows = []

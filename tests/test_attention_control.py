@@ -170,6 +170,8 @@ BLENDS = {
     "subtract": (16, 16, 1, "replace", dict(words=("lasagne", "pizza"), subtract=("photo", "table"), threshold=0.4)),
     "start": (16, 16, 1, "refine", dict(words=("cat", "cat"), start=0.4)),
     "start rounds down": (16, 16, 1, "refine", dict(words=("cat", "cat"), start=0.55)),
+    "what differs": (16, 16, 1, "refine", dict(threshold=0.5)),
+    "what differs of several": (16, 16, 1, "two sources", dict(threshold=0.6)),
     "several targets": (16, 16, 1, "three targets", dict(words=("cat", "dog", "fluffy cat", "lasagne"), threshold=0.5)),
     "several sources": (16, 16, 1, "two sources", dict(words=("cat", "hippopotamus", "dog", "big"), threshold=0.5)),
 }

@@ -4,6 +4,7 @@ import json
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from ip2p.clip_filter import ClipSimilarity, Thresholds, calibrate
 from ip2p.distributed import choose_device
 from ip2p.guidance import instruct_denoiser, text_denoiser
 from ip2p.images import to_pixels
-from ip2p.prompt_to_prompt import ControlledRun, LocalBlend, control_pairs, prompt_to_prompt
+from ip2p.prompt_to_prompt import CONTROLS, ControlledRun, LocalBlend, control_pairs, prompt_to_prompt
 from ip2p.samplers import SAMPLERS
 from ip2p.tensorfiles import read_state_dict
 from ip2p.text import TextConfig, TextEncoder
@@ -95,12 +96,12 @@ def test_steps_need_nothing_of_the_cpu(gpu, sampler):
     assert counts[0] == counts[1]
 
 
-@pytest.mark.parametrize("kind", ["self-attention", "cross-attention", "blend"])
+@pytest.mark.parametrize("kind", [*CONTROLS, "words"])
 def test_steps_under_a_control_need_nothing_of_the_cpu(gpu, kind):
     """What they borrow is there with the first."""
     model, crossings = make_model(4, "cuda"), []
     latents, contexts = torch.zeros(4, 4, 8, 8, device="cuda"), [model.encode_text(PROMPTS), model.encode_text([""] * 4)]
-    control = prompt_to_prompt(model.tokenizer, PROMPTS[::2] * 2, 4, local_blend=LocalBlend(("fox",) * 4)) if kind == "blend" else \
+    control = prompt_to_prompt(model.tokenizer, PROMPTS[::2] * 2, 4, local_blend=LocalBlend(("fox",) * 4)) if kind == "words" else \
         control_pairs(model.tokenizer, PROMPTS[:2], PROMPTS[2:], [0.7, 0.4], 4, kind)
     run = ControlledRun(control, 8, 8, "cuda")
 
@@ -122,8 +123,8 @@ def test_pictures_with_controls(gpu, sampler):
                                    equalizer={"red": 3}, local_blend=LocalBlend(("fox",) * 4))
         drawn = pixels(model.generate(PROMPTS[::2] * 2, steps=4, sampler=sampler, control=control, progress=False))
         pairs = [model.draw_pairs(PROMPTS[:2], PROMPTS[2:], [1, 2], [0.3, 0.6], [3.0, 4.0], steps=4, sampler=sampler, control=kind)
-                 for kind in ("self-attention", "cross-attention")]
-        pictures.append(torch.cat([drawn, *pairs[0], *pairs[1]]))
+                 for kind in CONTROLS]
+        pictures.append(torch.cat([drawn, *chain(*pairs)]))
     assert (pictures[0] - pictures[1]).abs().max() <= 2 / 255 + 1e-6
 
 

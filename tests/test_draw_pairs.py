@@ -4,12 +4,12 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from published_control import UNET, noise, published_generator, textbook
+from published_control import UNET, SlowBlend, noise, published_generator, textbook
 
 from ip2p import InstructPix2Pix
 from ip2p.checkpoint import Parts
 from ip2p.images import to_images
-from ip2p.prompt_to_prompt import LocalBlend, prompt_to_prompt, share_self_attention
+from ip2p.prompt_to_prompt import CONTROLS, LocalBlend, prompt_to_prompt, share_self_attention
 from ip2p.samplers import ddim_step, ddim_steps
 from ip2p.text import TextConfig, TextEncoder
 from ip2p.vae import AutoencoderKL, VAEConfig
@@ -90,7 +90,7 @@ def draw(model, only=slice(None), **settings):
     return torch.stack(model.draw_pairs(**settings), 1)                                  # (B, 2, 3, side, side)
 
 
-@pytest.mark.parametrize("control", ["self-attention", "cross-attention"])
+@pytest.mark.parametrize("control", CONTROLS)
 def test_a_pair_does_not_depend_on_its_batch(control, model):
     together = draw(model, control=control)
     assert together.shape == (3, 2, 3, 32, 32) and together.dtype == torch.float32 and together.abs().max() <= 1
@@ -114,7 +114,7 @@ def test_pairs_without_shared_steps_are_pictures_of_their_captions(control, mode
             assert np.abs(arrays(to_images(pixels[None])) - alone).max() <= 1
 
 
-@pytest.mark.parametrize("control", ["self-attention", "cross-attention"])
+@pytest.mark.parametrize("control", CONTROLS)
 def test_equal_captions_make_equal_pictures(control, model):
     """The noise of either is the same, at the start and on the way."""
     pairs = draw(model, edited_captions=PAIR["captions"], control=control)
@@ -127,18 +127,22 @@ def test_pairs_from_given_noise(model):
     assert not torch.allclose(draw(model, x_T=x_T.flip(0), sampler="ddim"), draw(model, sampler="ddim"), atol=0.01)
 
 
-@pytest.mark.parametrize("control", ["self-attention", "cross-attention"])
+@pytest.mark.parametrize("control", CONTROLS)
 def test_a_pair_is_drawn_as_published(control, model):
     """The textbook control in a sampler written out, u + s (c - u), with the whole batch in one UNet call."""
     i, tokenizer = 1, model.tokenizer
     texts, share, scale = [PAIR["captions"][i], PAIR["edited_captions"][i]], PAIR["shares"][i], PAIR["cfg_text"][i]
     book = published_generator([0, 0], [share, share], T) if control == "self-attention" else textbook(
         tokenizer, texts, T, cross_replace_steps=share, self_replace_steps=share / 2)
+    blend = SlowBlend(tokenizer, texts, [0, 0], 8, 8, 1, start=0.2, num_steps=T)
     context = model.text(tokenizer([*texts, "", ""]))
     x = noise(1, 4, 8, 8, seed=PAIR["seeds"][i]).repeat(2, 1, 1, 1)
     for book.step, (t, a_t, a_prev) in enumerate(ddim_steps(T, model.alphas_cumprod)):
+        book.cross_maps = []
         c, u = model.unet(x.repeat(2, 1, 1, 1), t.expand(4), context, book).chunk(2)
         x = ddim_step(x, u + scale * (c - u), a_t, a_prev)
+        if control == "local-blend":
+            x = blend(x, book.cross_maps)
     expected = model.vae.decode(x / model.vae.config.scale_factor).clamp(-1, 1)
     assert torch.allclose(draw(model, control=control, sampler="ddim")[i], expected, atol=5e-4)
 

@@ -104,11 +104,11 @@ def test_defaults_follow_the_model():
         return args
 
     paper = chosen({})
-    assert (paper.steps, paper.n_samples, paper.clip) == (100, 100, "ViT-L-14:openai")
+    assert (paper.steps, paper.n_samples, paper.clip, paper.control) == (100, 100, "ViT-L-14:openai", "self-attention")
     assert (paper.min_cfg, paper.max_cfg) == (7.5, 15.0)
     assert (paper.min_p2p, paper.max_p2p, paper.max_out_samples) == (0.1, 0.9, 4)
     small = chosen({"data": "ip2p.world, core", "cfg_text": 3.0})
-    assert (small.steps, small.n_samples, small.min_cfg, small.max_cfg) == (20, 8, 3.0, 6.0)
+    assert (small.steps, small.n_samples, small.control, small.min_cfg, small.max_cfg) == (20, 8, "local-blend", 3.0, 6.0)
     assert Path(small.clip).name == "mini-clip.safetensors" and chosen({}, "--steps", "7").steps == 7
     assert make_data.choose_thresholds(paper) == Thresholds(0.2, 0.2, 0.7)
 
