@@ -22,8 +22,9 @@ from .images import contact_sheet, save_image, to_images
 from .inversion import invert
 from .pipeline import InstructPix2Pix
 from .prompt_to_prompt import CONTROLS
+from .scorer import load_scorer, read_scene
 from .tables import decimal, percent, print_table, write_rows
-from .truth import FIXED, evaluate_edits, evaluate_pictures, is_fixed, psnr, through, unchanged
+from .truth import FIXED, evaluate_edits, evaluate_pictures, is_fixed, judge_pair, psnr, through, unchanged
 from .world import World
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
@@ -32,14 +33,17 @@ WEIGHTS = Path(__file__).parent.parent / "weights"
 # ---- pairs
 
 def evaluate_pairs(args):
-    """For each control and share of the steps: the share of drawn pairs that CLIP keeps, and how close a pair comes to the
-    true one.
+    """For each control and share of the steps: the share of drawn pairs that CLIP keeps, the share that are right, and how
+    close a pair comes to the true one.
 
-    The first is of pairs drawn freely, as `make_data.py` does it. For the second the true source picture is inverted (DDIM
-    under its caption), both pictures are drawn from that noise, and the edited one is compared with the true edited
-    picture: all over, and outside of what truly changed. Only edits of which there is one true result.
+    The first two are of pairs drawn freely, as `make_data.py` does it. Right: the scorer sees the things and the place of
+    the caption in the first picture, in the second what was asked for, and all else of the first. For the third the true
+    source picture is inverted (DDIM under its caption), both pictures are drawn from that noise, and the edited one is
+    compared with the true edited picture: all over, and outside of what truly changed. Only edits of which there is one
+    true result.
     """
     model, world = InstructPix2Pix.load(args.model, args.device, args.dtype), World(args.device)
+    scorer = load_scorer(args.scorer, args.device)
     judge, thresholds = ClipSimilarity.load(args.clip, args.device), Thresholds.of(args.clip)
     cfg_text = model.own_settings["cfg_text"]
     print(f"cfg_text={cfg_text}", thresholds, flush=True)
@@ -58,16 +62,20 @@ def evaluate_pairs(args):
 
     rows = []
     for control, share in tqdm(list(product(args.controls, args.shares)), desc="controls"):
-        scores, drawn = [], []
+        scores, verdicts, drawn = [], [], []
         for b in batches:
             texts = captions[b.start:b.stop], edited[b.start:b.stop]
             settings = [args.seed + i for i in b], [share] * len(b), [cfg_text] * len(b)
             draw = partial(model.draw_pairs, *texts, *settings, control=control, steps=args.steps)
-            scores += judge(*draw(), *texts)
+            pairs = draw()
+            scores += judge(*pairs, *texts)
+            verdicts += [_verdict(world, examples[i], *readings) for i, *readings in zip(b, *map(scorer.read, pairs))]
             drawn.append(torch.stack(draw(x_T=x_T[list(b)], sampler="ddim")))
         source, target = torch.cat(drawn, 1)
         outside = same.flatten(1).float().mean(1) > 0.2                    # something stays
+        asked, preserved, right = (sum(column) / args.count for column in zip(*verdicts))
         rows.append(dict(control=control, share=share, kept=sum(map(thresholds.passed_by, scores)) / len(scores),
+                         asked=asked, preserved=preserved, right=right,
                          sim_dir=sum(s["clip_sim_dir"] for s in scores) / len(scores),
                          sim_image=sum(s["clip_sim_image"] for s in scores) / len(scores),
                          source_psnr=float(psnr(source, before).mean()), psnr=float(psnr(target, after).mean()),
@@ -79,12 +87,21 @@ def evaluate_pairs(args):
             save_image(contact_sheet(cells), args.sheet / f"{control}-{share:g}.png")
 
     limits = dict(unedited=float(psnr(before, after).mean()), autoencoder=float(psnr(floor, after).mean()))
-    print_table(["control", "share", "kept", "direction", "image", "source, dB", "edited, dB", "unchanged part, dB"], [
+    print_table(["control", "share", "CLIP keeps", "direction", "image", "asked", "rest kept", "right", "source, dB", "edited, dB",
+                 "unchanged part, dB"], [
         [r["control"], f"{r['share']:.1f}", percent(r["kept"]), f"{r['sim_dir']:.2f}", f"{r['sim_image']:.2f}",
-         decimal(r["source_psnr"]), decimal(r["psnr"]), decimal(r["psnr_outside"])] for r in rows])
+         *(percent(r[name]) for name in ("asked", "preserved", "right")),
+         *(decimal(r[name]) for name in ("source_psnr", "psnr", "psnr_outside"))] for r in rows])
     print(f"The unedited picture: {limits['unedited']:.1f} dB; the true one through the autoencoder: "
           f"{limits['autoencoder']:.1f} dB.")
     write_rows(args.json, [row | limits for row in rows])
+
+
+def _verdict(world, edit, before, after):
+    """Of a pair's two readings: is done what was asked, is all else kept, and are both so of a first picture as captioned?"""
+    asked, preserved = (all(group.values()) for group in judge_pair(world, edit, before, after))
+    true = read_scene(world, edit.source)
+    return asked, preserved, asked and preserved and true.things.keys() <= before.things.keys() and true.place == before.place
 
 
 # ---- the command line
@@ -178,6 +195,7 @@ def parse(argv=None):
     flag("--model", default=base,
          help="a text-to-image model of the miniature world (default: weights/mini-sd.safetensors)")
     flag("--clip", default=clip, help="the filter (default: weights/mini-clip.safetensors)")
+    flag("--scorer", default=scorer, help="what reads the pictures (default: weights/mini-scorer.safetensors)")
     flag("--controls", choices=CONTROLS, nargs="+", default=CONTROLS, help="what is shared (default: all)")
     flag("--shares", type=share, nargs="+", default=[i / 10 for i in range(1, 10)],
          help="of the steps (default: .1 to .9)")

@@ -5,7 +5,7 @@ between source and target, *kept* what does not. An edit is right if all that wa
 """
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Callable
@@ -57,7 +57,30 @@ def judge_edit(world: World, edit: Edit, reading: Reading) -> tuple[dict[str, bo
     target is in a style without colour; where a thing is to stand that was added; how large one is to be that takes the
     place of a tiny or huge one.
     """
-    old, new = read_scene(world, edit.source), read_scene(world, edit.target)
+    return _judge(world, edit.kind, read_scene(world, edit.source), read_scene(world, edit.target), reading)
+
+
+def judge_pair(world: World, edit: Edit, before: Reading, after: Reading) -> tuple[dict[str, bool], dict[str, bool]]:
+    """As `judge_edit`, of two pictures drawn from an edit's captions: to be kept is what the first one is read to show, and
+    a thing that grows or takes another's place is to stand as far from where it was as in the edit's own scenes."""
+    source, target = read_scene(world, edit.source), read_scene(world, edit.target)
+
+    gone = source.things.keys() - target.things.keys()
+    things = {noun: seen for noun, seen in before.things.items() if noun not in source.things}
+    for noun, new in target.things.items():
+        was = noun if noun in source.things else next(iter(gone), None)          # what it is now, or what stands in its place
+        if was in before.things:
+            seen, old = before.things[was], source.things[was]
+            same = {name: getattr(seen, name) for name in ("color", "size") if noun == was and getattr(old, name) == getattr(new, name)}
+            things[noun] = replace(new, x=seen.x + new.x - old.x, y=seen.y + new.y - old.y, **same)
+        elif noun not in source.things:
+            things[noun] = new
+    changed = {name: getattr(target, name) for name in ("place", "condition", "style") if getattr(source, name) != getattr(target, name)}
+    wanted = replace(before, things=things, **changed)
+    return _judge(world, edit.kind, before, wanted, after)
+
+
+def _judge(world, kind, old, new, reading):
     asked, kept = {}, {}
 
     def note(attribute, changed, right):
@@ -71,7 +94,7 @@ def judge_edit(world: World, edit: Edit, reading: Reading) -> tuple[dict[str, bo
         note("things", (noun in old.things) != (noun in new.things), (noun in reading.things) == (noun in new.things))
     note("things", False, reading.things.keys() <= old.things.keys() | new.things.keys())
 
-    resized = edit.kind == "object" and any(t.size for noun, t in old.things.items() if noun not in new.things)
+    resized = kind == "object" and any(t.size for noun, t in old.things.items() if noun not in new.things)
     for noun, true in new.things.items():
         seen, was = reading.things.get(noun), old.things.get(noun)
         if not seen:
@@ -83,7 +106,7 @@ def judge_edit(world: World, edit: Edit, reading: Reading) -> tuple[dict[str, bo
             note("color", not was or was.color != true.color, same_color(world, noun, seen.color, true.color))
         if was or not resized:
             note("size", not was or was.size != true.size, seen.size == true.size)
-        if was or edit.kind != "add":
+        if was or kind != "add":
             note("position", False, near(seen, true) or bool(was) and near(seen, was))      # growing may move its middle
     return asked, kept
 

@@ -19,9 +19,9 @@ from ip2p.images import to_images, to_pixels
 from ip2p.evaluate import WEIGHTS
 from ip2p.inversion import InvertedPicture, invert, sdedit
 from ip2p.prompt_to_prompt import prompt_to_prompt
-from ip2p.scorer import Seen, build_scorer, near, read_scene, save_scorer
+from ip2p.scorer import Seen, build_scorer, load_scorer, near, read_scene, save_scorer
 from ip2p.text import TextConfig, TextEncoder
-from ip2p.truth import (ATTRIBUTES, FIXED, Verdict, edit_pixels, is_fixed, judge_edit, judge_edits, judge_picture, psnr,
+from ip2p.truth import (ATTRIBUTES, FIXED, Verdict, edit_pixels, is_fixed, judge_edit, judge_edits, judge_pair, judge_picture, psnr,
                         summarize, unchanged)
 from ip2p.unet import UNet, UNetConfig
 from ip2p.vae import AutoencoderKL, VAEConfig
@@ -161,6 +161,30 @@ def test_colors_and_conditions_are_not_judged_without_color(world):
         asked, kept = judge_edit(world, edit, read_scene(world, edit.target))
         judged = not {edit.source.style, edit.target.style} & set(COLORLESS)
         assert ("condition" in kept) == ("color" in kept) == judged
+
+
+def test_a_drawn_pair_is_judged_by_its_own_first_picture(world):
+    """What a first picture shows beyond its scene is to be kept, and the rest is judged as an edit of the scene is."""
+    moved = lambda reading, dx: replace(reading, things={n: replace(s, x=s.x + dx) for n, s in reading.things.items()})
+    for kind in KINDS:
+        for i in range(12):
+            edit = world.edit(7, i, "combinations", kind)
+            old, new = (read_scene(world, scene) for scene in (edit.source, edit.target))
+            right = judge_edit(world, edit, new)
+            assert judge_pair(world, edit, old, new) == right and all(right[0].values()) and all(right[1].values())
+            assert judge_pair(world, edit, old, old) == judge_edit(world, edit, old)
+            assert judge_pair(world, edit, moved(old, .3), moved(new, .3)) == right
+            if kind != "add":
+                assert not judge_pair(world, edit, moved(old, .3), moved(new, 0))[1]["position"]
+            stranger = {"unheard of": Seen("", "", .5, .5)}
+            more, less = replace(old, things=old.things | stranger), judge_pair(world, edit, replace(old, things=stranger), new)
+            assert not judge_pair(world, edit, more, new)[1]["things"]
+            assert all(judge_pair(world, edit, more, replace(new, things=new.things | stranger))[1].values())
+            assert not less[1]["things"]
+            if "place" not in right[0] and kind not in ("time", "weather", "season"):
+                elsewhere = dict(place="elsewhere", condition="some time")
+                assert judge_pair(world, edit, replace(old, **elsewhere), replace(new, **elsewhere)) == right
+                assert not judge_pair(world, edit, replace(old, **elsewhere), new)[1]["place"]
 
 
 def test_a_thing_that_grows_may_stay_where_it_was_or_stand_where_the_truth_has_it(world):
@@ -393,14 +417,19 @@ def test_pairs_are_measured_each_by_itself(world, tmp_path):
     base, clip = InstructPix2Pix.load(WEIGHTS / "mini-sd.safetensors"), WEIGHTS / "mini-clip.safetensors"
     judge, limits, found = ClipSimilarity.load(clip), Thresholds.of(clip), []
     edits = (world.edit(0, i, "combinations", FIXED[i % len(FIXED)]) for i in count())
+    scorer = load_scorer(WEIGHTS / "mini-scorer.safetensors")
     for seed, e in enumerate(islice(filter(is_fixed, edits), 3)):
         before, after = (world.render([scene]) for scene in (e.source, e.target))
         texts, settings = ([e.caption], [e.edited_caption]), ([seed], [0.5], [base.own_settings["cfg_text"]])
         noise = invert(base, clean_latents(base, before), [e.caption], 2, progress=False)[-1]
         scores, = judge(*base.draw_pairs(*texts, *settings, steps=2, control=control), *texts)
+        drawn = [scorer.read(picture)[0] for picture in base.draw_pairs(*texts, *settings, steps=2, control=control)]
+        asked, preserved = (all(group.values()) for group in judge_pair(world, e, *drawn))
+        as_captioned = drawn[0].place == e.source.place and {t.noun for t in e.source.things} <= set(drawn[0].things)
         source, target = base.draw_pairs(*texts, *settings, steps=2, control=control, sampler="ddim", x_T=noise)
         decibels = lambda a, b: -10 * math.log10((a - b).square().mean() / 4)
         found.append(dict(kept=limits.passed_by(scores), sim_dir=scores["clip_sim_dir"], sim_image=scores["clip_sim_image"],
+                          asked=asked, preserved=preserved, right=asked and preserved and as_captioned,
                           source_psnr=decibels(source, before), psnr=decibels(target, after), unedited=decibels(before, after),
                           autoencoder=decibels(base.decode(clean_latents(base, after)).clamp(-1, 1), after)))
     for name in found[0]:
