@@ -8,7 +8,8 @@ from published_control import UNET, SlowBlend, Textbook, by_hand, make_unet, noi
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ip2p.attention import attend
-from ip2p.prompt_to_prompt import ControlledRun, LocalBlend, prompt_to_prompt, replacement_mapper, share_self_attention
+from ip2p.prompt_to_prompt import ControlledRun, LocalBlend, prompt_to_prompt, share_self_attention
+from ip2p.word_alignment import replacement_mapper
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 

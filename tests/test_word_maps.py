@@ -6,7 +6,7 @@ import pytest
 import torch
 from published_control import by_hand, slow_refinement, slow_replacement
 
-from ip2p.prompt_to_prompt import refinement_mapper, replacement_mapper, word_tokens
+from ip2p.word_alignment import refinement_mapper, replacement_mapper, word_tokens
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
