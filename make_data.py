@@ -415,9 +415,9 @@ def parse(argv=None):
     flag("--max-p2p", type=share, default=0.9, help="and at most (default: %(default)s)")
     flag("--min-cfg", type=scale, help="guidance, at least (default: the model's usual, 7.5 for Stable Diffusion)")
     flag("--max-cfg", type=scale, help="and at most (default: twice the model's usual)")
-    flag("--control", choices=CONTROLS, help="what the two pictures share: self-attention, as the paper's; cross-attention and "
-         "half as long self-attention; or these, and all where no changed word is (default: local-blend for the miniature, "
-         "else self-attention)")
+    flag("--control", choices=CONTROLS, help="what the two pictures share: self-attention, as in the paper; cross-attention, "
+         "and self-attention half as long; or both and, with local-blend, all that lies away from the words that differ "
+         "(default: local-blend for the miniature, else self-attention)")
     flag("--sampler", choices=("euler-ancestral", "ddim"), default="euler-ancestral", help="default: %(default)s")
     flag("--clip", help="what judges: a CLIP file of ours, or open_clip's name and its weights, a tag or a file, such as "
          "ViT-L-14-quickgelu:weights.pt (default: weights/mini-clip.safetensors for the miniature, else ViT-L-14:openai)")
