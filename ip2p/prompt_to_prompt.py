@@ -141,7 +141,8 @@ def control_pairs(tokenizer: Tokenizer, captions: Sequence[str], edited_captions
 
     kind: one of `CONTROLS`: "self-attention", the published generator's: the share of the steps is its p; "cross-attention",
     Prompt-to-Prompt's refinement for that share of the steps, with self-attention for half of it; "local-blend", the same with
-    the change kept to where the words are that differ. ValueError for another kind or a share outside [0, 1].
+    the change kept to where the words are that differ, from a fifth of the steps on, as in null-text inversion. ValueError for
+    another kind or a share outside [0, 1].
     """
     if kind not in CONTROLS:
         raise ValueError(f"control must be one of {', '.join(CONTROLS)}, got {kind!r}")

@@ -64,18 +64,19 @@ def judge_pair(world: World, edit: Edit, before: Reading, after: Reading) -> tup
     """As `judge_edit`, of two pictures drawn from an edit's captions: to be kept is what the first one is read to show, and
     a thing that grows or takes another's place is to stand as far from where it was as in the edit's own scenes."""
     source, target = read_scene(world, edit.source), read_scene(world, edit.target)
-
     gone = source.things.keys() - target.things.keys()
     things = {noun: seen for noun, seen in before.things.items() if noun not in source.things}
     for noun, new in target.things.items():
-        was = noun if noun in source.things else next(iter(gone), None)          # what it is now, or what stands in its place
+        was = noun if noun in source.things else next(iter(gone), None)          # what it was, or what stood in its place
         if was in before.things:
             seen, old = before.things[was], source.things[was]
-            same = {name: getattr(seen, name) for name in ("color", "size") if noun == was and getattr(old, name) == getattr(new, name)}
+            same = {name: getattr(seen, name) for name in ("color", "size")
+                    if noun == was and getattr(old, name) == getattr(new, name)}
             things[noun] = replace(new, x=seen.x + new.x - old.x, y=seen.y + new.y - old.y, **same)
         elif noun not in source.things:
             things[noun] = new
-    changed = {name: getattr(target, name) for name in ("place", "condition", "style") if getattr(source, name) != getattr(target, name)}
+    changed = {name: getattr(target, name) for name in ("place", "condition", "style")
+               if getattr(source, name) != getattr(target, name)}
     wanted = replace(before, things=things, **changed)
     return _judge(world, edit.kind, before, wanted, after)
 
