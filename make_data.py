@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -75,15 +75,13 @@ def main(args):
 def holding(scratch):
     """A folder that is empty, this run's alone, and gone with the block. ValueError if another run holds it."""
     scratch.mkdir(exist_ok=True)
-    with ExitStack() as stack:
+    with locked(scratch, f"{scratch.parent}: another run is at work there, on the same shard"):
         try:
-            stack.enter_context(locked(scratch, wait=False))
-        except BlockingIOError:
-            raise ValueError(f"{scratch.parent}: another run is at work there, on the same shard") from None
-        stack.callback(shutil.rmtree, scratch)
-        for leftover in scratch.iterdir():
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        yield
+            for leftover in scratch.iterdir():
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            yield
+        finally:
+            shutil.rmtree(scratch)
 
 
 # ---- captions to edits
@@ -164,7 +162,7 @@ def read_prompts(args):
     if args.pairs_only and not file.exists():
         raise ValueError(f"{file}: no such file; --pairs-only needs a --prompts-file, or --edits-only before it")
     prompts, number = [], 0
-    for number, prompt in islice(read_jsonl(file), None if args.prompts_file else args.num_captions):
+    for number, prompt in islice(read_jsonl(file), None if args.prompts_file or args.pairs_only else args.num_captions):
         prompt_texts(prompt, f"{file}:{number}")
         if (number - 1) % shards == shard:
             prompts.append((f"{number - 1:07d}", prompt))

@@ -35,6 +35,7 @@ from ip2p.learn_edits import TRIPLES, train_edits
 from ip2p.lessons import announce, data_batches, encoders, open_data, open_pairs, save_sheet, score_edits
 from ip2p.miniature import train_base, train_clip, train_scorer, train_vae
 from ip2p.presets import ABOUT_PRESETS, PRESETS, defaults
+from ip2p.run_folder import list_checkpoints
 from ip2p.stages import Pool, diffusion_loss, draw_timesteps, history, is_miniature, is_settling, run, to_device
 from ip2p.tensorfiles import read_state_dict, small_dtype
 from ip2p.training import seeded
@@ -166,6 +167,7 @@ FROM_A_MODEL = {"edit": train_edit, "distill": train_distill}
 RESULTS = {"vae": "vae.safetensors", "clip": "mini-clip.safetensors", "base": "mini-sd.safetensors",
            "scorer": "mini-scorer.safetensors", "edits": "mini-gpt.safetensors", "edit": "mini-ip2p.safetensors",
            "distill": "mini-ip2p-fast.safetensors"}
+MADE_FROM = {"edit": "base", "distill": "edit"}
 EDITORS = "ip2p.safetensors", RESULTS["edit"]              # an editor made of Stable Diffusion, and the miniature's
 
 
@@ -236,7 +238,8 @@ def open_base(args):
         if args.size not in (None, SIZE):
             raise ValueError(f"--size {args.size}: the toy world's pictures are {SIZE} x {SIZE}")
         args.size = SIZE
-    args.size = args.size or PRESETS[args.preset].get("size", base.image_size)
+    if args.size is None:
+        args.size = PRESETS[args.preset].get("size", base.image_size)
     multiple = InstructPix2Pix(base).size_multiple
     if args.size < 1 or args.size % multiple:
         raise ValueError(f"--size must be a multiple of {multiple}, got {args.size}")
@@ -275,10 +278,13 @@ def train_all(args, argv):
             raise ValueError(f"--{name.replace('_', '-')} is for a stage alone; --stage all makes each model from those before it")
     if args.views == 0:
         raise ValueError("--stage all needs --views of at least 1: distillation learns from the cache")
+    records = {stage: read_state_dict(path)[1] if (path := args.out / name).exists() else {} for stage, name in RESULTS.items()}
+    for stage, source in MADE_FROM.items():
+        if not records[source].get("finished") and (records[stage] or list_checkpoints(args.out / stage)):
+            raise ValueError(f"{args.out}: its {stage} was begun without its {source}, which is yet to be made: give another "
+                             f"--out, or remove {args.out / RESULTS[stage]} and {args.out / stage}")
     rows = []
-    for stage, name in RESULTS.items():
-        path = args.out / name
-        record = read_state_dict(path)[1] if path.exists() else {}
+    for stage, record in records.items():
         if not record.get("finished"):
             own = parse([*argv, "--stage", stage])
             if stage in FROM_NOTHING:
@@ -324,7 +330,7 @@ def check(args):
         raise ValueError(f"--ema-decay must be in 0..1, and below 1, got {args.ema_decay}")
     if not 0 <= args.dropout <= 1 / 3:
         raise ValueError(f"--dropout must be in 0..1/3, got {args.dropout}")
-    if args.max_resize is not None and args.max_resize < args.size:
+    if args.stage in FROM_A_MODEL and args.max_resize is not None and args.max_resize < args.size:
         raise ValueError(f"--max-resize must be at least --size, {args.size}, got {args.max_resize}")
     parts = args.accumulate * distributed.processes()
     if args.batch_size % parts:
@@ -369,7 +375,7 @@ def parse(argv=None):
     flag("--batch-size", type=int, help=f"examples a step, over all parts and processes {own}")
     flag("--accumulate", type=int, help=f"base, edit, distill: parts in which a process goes through its share of them {own}")
     flag("--lr", type=float, help=f"of AdamW; Muon's is 20 times as much {own}")
-    flag("--optimizer", choices=("adamw", "muon"), help=own[1:-1])
+    flag("--optimizer", choices=("adamw", "muon"), help=f"what updates the weights {own}")
     flag("--warmup", type=int, help=f"steps of rising learning rate {own}")
     flag("--cooldown", type=float, help=f"last share of the steps, with falling learning rate {own}")
     flag("--clip-norm", type=float, help=f"the gradient's norm at most, 0 for any {own}")
@@ -385,7 +391,7 @@ def parse(argv=None):
     flag("--save-minutes", type=float, help=f"minutes between checkpoints {own}")
     flag("--keep", type=int, default=2, help="how many checkpoints (default: %(default)s)")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="such as cpu, cuda or cuda:1 "
-         "(default: %(default)s)")
+         "(default: cuda if there is one, else cpu)")
 
     editor = parser.add_argument_group("the editor")
     flag = editor.add_argument
@@ -403,7 +409,7 @@ def parse(argv=None):
          "(default: --size)")
     flag("--views", type=int, help=f"views of each prompt (one of its pairs, mirrored or not, cropped) to encode once and "
          f"cache on disk, which epochs use in turn; 0 encodes a new one in each epoch {own}")
-    flag("--cache", type=Path, default=Path("runs/cache"), help="where (default: %(default)s)")
+    flag("--cache", type=Path, default=Path("runs/cache"), help="folder of that cache, and of the texts' (default: %(default)s)")
     beside = min(8, (os.cpu_count() or 1) // distributed.launched()) if torch.cuda.is_available() else 0
     flag("--workers", type=int, default=beside, help="processes that decode pictures beside the main one (default: %(default)s; "
          "where there is a GPU as many as cores, up to 8)")

@@ -254,7 +254,7 @@ def main(argv=None):
     flag("--compile", action="store_true", help="edit: with torch.compile too; train: with it only (default: off)")
     flag("--repeats", type=int, default=7, help="calls of each that count, after one that does not (default: %(default)s)")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-         help="such as cpu, cuda or cuda:1 (default: %(default)s)")
+         help="such as cpu, cuda or cuda:1 (default: cuda if there is one, else cpu)")
     flag("--dtype", choices=DTYPES, default="fp32",
          help="of weights and arithmetic; train: of the arithmetic, on float32 weights (default: %(default)s)")
     args = p.parse_args(argv)

@@ -77,6 +77,12 @@ def load_checkpoint(path, *, device=None, dtype=None, vae=None, in_channels=None
     unet, vae, text = (_build(part, found.tensors[part], found.known[part], where[part], device, dtype, in_channels)
                        for part in MODELS)
 
+    if text.config.width != unet.config.context_dim:
+        raise ValueError(f"{local}: its UNet reads texts {unet.config.context_dim} wide, its text encoder's are {text.config.width}")
+    if vae.config.z_channels != unet.config.out_channels:
+        raise ValueError(f"{where['vae']}: its autoencoder's latents have {vae.config.z_channels} channels, those of {local}'s UNet "
+                         f"{unet.config.out_channels}")
+
     is_sd2 = unet.config.context_dim == 1024
     steps = found.record.get("global_step")
     if set(found.record) == {"global_step"}:             # the only thing a foreign file tells

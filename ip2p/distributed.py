@@ -109,13 +109,16 @@ def any_of(flag: bool) -> bool:
 
 
 @contextmanager
-def locked(path, wait=True):
-    """One process at a time, whoever started it: while another is in a block of the same file or folder this one waits, or
-    raises BlockingIOError. A file is made if there is none."""
+def locked(path, busy: str | None = None):
+    """One process at a time, whoever started it: while another is in a block of the same file or folder this one waits, or if
+    there is something to say then, raises ValueError(busy). A file is made if there is none."""
     import fcntl                                                        # Unix only
     lock = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB if busy else fcntl.LOCK_EX)
+        except BlockingIOError:
+            raise ValueError(busy) from None
         yield
     finally:
         os.close(lock)

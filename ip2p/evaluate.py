@@ -149,7 +149,7 @@ def parse(argv=None):
         flag("--seed", type=SEEDS, default=0, help="of the examples and the noise (default: %(default)s)")
         flag("--json", type=Path, help="a file for the rows, as jsonl (default: none)")
         flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-             help="such as cpu, cuda or cuda:1 (default: %(default)s)")
+             help="such as cpu, cuda or cuda:1 (default: cuda if there is one, else cpu)")
         flag("--dtype", choices=DTYPES, default="fp32", help="of the models; bf16 is faster (default: %(default)s)")
         return flag
 

@@ -58,7 +58,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         for name in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):             # where it is turned already
             image.info.pop(name, None)
     if image.mode == "F":
-        values = np.asarray(image)
+        values = np.nan_to_num(np.asarray(image))                         # NaN to black
         image = Image.fromarray((values * (255 if values.max() <= 1 else 1)).clip(0, 255).astype(np.uint8))
     if image.mode.startswith("I"):                                        # 16 bits of gray
         image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
@@ -70,11 +70,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def model_size(width: int, height: int, size: int, multiple: int) -> tuple[int, int]:
     """The (width, height) at which a model sees a picture: the long side is `size`, the short side follows, both rounded
-    to the nearest multiple of `multiple` and never zero. Integer arithmetic throughout."""
+    to the nearest multiple of `multiple` and never zero. Integer arithmetic throughout. ValueError for a size below 1."""
     def nearest(numerator, denominator):
         """The multiple nearest to a fraction, at least one."""
         return max(1, (2 * numerator + denominator * multiple) // (2 * denominator * multiple)) * multiple
 
+    if size < 1:
+        raise ValueError(f"the size must be at least 1, got {size}")
     long = nearest(size, 1)
     short = nearest(min(width, height) * long, max(width, height))
     return (long, short) if width >= height else (short, long)

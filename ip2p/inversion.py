@@ -25,7 +25,7 @@ def encode_picture(model: InstructPix2Pix, image: Image.Image, size: int | None 
     """The posterior's mean of a picture, scaled as the sampler expects: (1, z, h, w) float32. size: as in `edit`."""
     model.check_makes_pictures()
     image = to_rgb(image)
-    width, height = model_size(*image.size, size or model.parts.image_size, model.size_multiple)
+    width, height = model_size(*image.size, model.parts.image_size if size is None else size, model.size_multiple)
     return model.encode(to_pixels(image, width, height)[None]) * model.vae.config.scale_factor
 
 
@@ -51,7 +51,8 @@ def invert(model: InstructPix2Pix, z: Tensor, prompts: list[str], steps: int = 5
     """DDIM inversion of latents (B, z, h, w) under a prompt each, without guidance: steps + 1 latents, z first and the noise
     last."""
     denoise = text_denoiser(model.predict, model.encode_text(prompts), model.encode_text([""]), cfg_text=1.0)
-    return ddim_invert(denoise, z, steps, model.alphas_cumprod, progress)
+    with model.working(model.unet):
+        return ddim_invert(denoise, z, steps, model.alphas_cumprod, progress)
 
 
 def null_text(model: InstructPix2Pix, latents: list[Tensor], prompt: str, *, cfg_text=7.5, inner_steps=10, tolerance=1e-5,
@@ -65,29 +66,30 @@ def null_text(model: InstructPix2Pix, latents: list[Tensor], prompt: str, *, cfg
     steps, x = len(latents) - 1, latents[-1]
     context, null, nulls = model.encode_text([prompt]), model.encode_text([""]).float(), []
     bar = tqdm(total=steps * inner_steps, desc="null-text", disable=not progress)
-    for i, (t, a_t, a_prev) in enumerate(ddim_steps(steps, model.alphas_cumprod.to(x.device))):
-        with torch.no_grad():
-            eps_text = model.predict(x, t[None], context)
+    with model.working(model.unet):
+        for i, (t, a_t, a_prev) in enumerate(ddim_steps(steps, model.alphas_cumprod.to(x.device))):
+            with torch.no_grad():
+                eps_text = model.predict(x, t[None], context)
 
-        def previous(null):
-            eps_null = model.predict(x, t[None], null)
-            return ddim_step(x, eps_null + cfg_text * (eps_text - eps_null), a_t, a_prev)
+            def previous(null):
+                eps_null = model.predict(x, t[None], null)
+                return ddim_step(x, eps_null + cfg_text * (eps_text - eps_null), a_t, a_prev)
 
-        null = null.detach().clone().requires_grad_()
-        adam = torch.optim.Adam([null], lr=1e-2 * max(0.0, 1 - i / 100))
-        for j in range(inner_steps):
-            with torch.enable_grad():
-                loss = F.mse_loss(previous(null), latents[-2 - i])
-            grad, = torch.autograd.grad(loss * x.numel(), null)             # the mean's own is too small for float16
-            null.grad = grad / x.numel()
-            adam.step()
-            bar.update()
-            if loss.item() < tolerance + 2e-5 * i:
-                bar.update(inner_steps - 1 - j)
-                break
-        with torch.no_grad():
-            x = previous(null)
-        nulls.append(null.detach())
+            null = null.detach().clone().requires_grad_()
+            adam = torch.optim.Adam([null], lr=1e-2 * max(0.0, 1 - i / 100))
+            for j in range(inner_steps):
+                with torch.enable_grad():
+                    loss = F.mse_loss(previous(null), latents[-2 - i])
+                grad, = torch.autograd.grad(loss * x.numel(), null)             # the mean's own is too small for float16
+                null.grad = grad / x.numel()
+                adam.step()
+                bar.update()
+                if loss.item() < tolerance + 2e-5 * i:
+                    bar.update(inner_steps - 1 - j)
+                    break
+            with torch.no_grad():
+                x = previous(null)
+            nulls.append(null.detach())
     bar.close()
     return nulls
 
@@ -101,11 +103,10 @@ class InvertedPicture:
         self.model, self.source_prompt, self.steps, self.cfg_text = model, source_prompt, steps, cfg_text
         z = encode_picture(model, image, size)
         self.nulls = model.encode_text([""])                           # one for all steps; null-text inversion has one for each
-        with model.working(model.unet):
-            self.latents = invert(model, z, [source_prompt], steps, progress)
-            if optimize:
-                self.nulls = null_text(model, self.latents, source_prompt, cfg_text=cfg_text, inner_steps=inner_steps,
-                                       progress=progress)
+        self.latents = invert(model, z, [source_prompt], steps, progress)
+        if optimize:
+            self.nulls = null_text(model, self.latents, source_prompt, cfg_text=cfg_text, inner_steps=inner_steps,
+                                   progress=progress)
 
     @torch.no_grad()
     def edit(self, prompts: list[str], control: AttentionControl | None = None, progress=True) -> list[Image.Image]:

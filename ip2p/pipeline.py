@@ -143,9 +143,10 @@ class InstructPix2Pix:
         images = [to_rgb(image) for image in images]                      # upright before anything looks at their sizes
         for image in images:
             check_shape(image)
-        kinds = [(*model_size(*image.size, size or self.parts.image_size, self.size_multiple), bool(prompt.strip()))
+        size = self.parts.image_size if size is None else size
+        kinds = [(*model_size(*image.size, size, self.size_multiple), bool(prompt.strip()))
                  for image, prompt in zip(images, prompts)]
-        if x_T is not None and len(set(kinds)) > 1:
+        if x_T is not None and (len(set(kinds)) > 1 or not all(told for *_, told in kinds)):
             raise ValueError("x_T needs pictures of one size, each with an instruction")
 
         results = [None] * len(images)
@@ -191,10 +192,13 @@ class InstructPix2Pix:
         self.check_makes_pictures()
         check_settings(steps, sampler, num_images, cfg_text=cfg_text, eta=eta)
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        width, height = size if isinstance(size, Sequence) else (size or self.parts.image_size,) * 2
+        size = self.parts.image_size if size is None else size
+        width, height = size if isinstance(size, Sequence) else (size, size)
         if min(width, height) < 1 or width % self.size_multiple or height % self.size_multiple:
             raise ValueError(f"width and height must be multiples of {self.size_multiple}, got {width}x{height}")
         texts = [p for p in prompts for _ in range(num_images)]
+        if not texts:
+            return []
         f = self.vae.config.downsampling
         shape = (len(texts), self.vae.config.z_channels, height // f, width // f)
         z = self.text_to_latents(texts, self.encode_text([negative_prompt]), cfg_text, shape, steps=steps, sampler=sampler,
@@ -212,7 +216,7 @@ class InstructPix2Pix:
         Returns pixels of either, (B, 3, size, size) float32 in [-1, 1] on the CPU.
         """
         self.check_makes_pictures()
-        size = size or self.parts.image_size
+        size = self.parts.image_size if size is None else size
         if size < 1 or size % self.size_multiple:
             raise ValueError(f"the pictures' side must be a multiple of {self.size_multiple}, got {size}")
         B, texts = len(captions), [*captions, *edited_captions]

@@ -1,6 +1,7 @@
 """What the stages of train.py share: one way to run, batches of examples made in blocks, the loss of a diffusion model."""
 import json
 import subprocess
+from contextlib import nullcontext
 from datetime import date
 from functools import lru_cache
 from pathlib import Path
@@ -25,10 +26,15 @@ def run(args, module, loss_fn, sheet=None, **fixed):
     settings = {k: v for k, v in vars(args).items() if k not in ("layout", "autocast") and v is not None}
     free = (*MAY_CHANGE, "data") if "pairs" in fixed else MAY_CHANGE              # pairs say more than their folder's name
     fixed |= {k: v.name if isinstance(v, Path) else v for k, v in settings.items() if k not in free}
-    result = fit(module, loss_fn, args.out / args.stage, steps=args.steps, batch_size=args.batch_size, accumulate=args.accumulate,
-                 minutes=args.minutes, lr=args.lr, optimizer=args.optimizer, warmup=args.warmup, cooldown=args.cooldown,
-                 ema_decay=args.ema_decay, clip_norm=args.clip_norm, offload=args.offload, keep=args.keep,
-                 save_minutes=args.save_minutes, sheet_minutes=args.sheet_minutes, sheet=sheet, config=fixed, settings=settings)
+    folder = args.out / args.stage
+    folder.mkdir(parents=True, exist_ok=True)
+    first = distributed.rank() == 0
+    with distributed.locked(folder, f"{folder}: another run is at work there") if first else nullcontext():
+        result = fit(module, loss_fn, folder, steps=args.steps, batch_size=args.batch_size, accumulate=args.accumulate,
+                     minutes=args.minutes, lr=args.lr, optimizer=args.optimizer, warmup=args.warmup, cooldown=args.cooldown,
+                     ema_decay=args.ema_decay, clip_norm=args.clip_norm, offload=args.offload, keep=args.keep,
+                     save_minutes=args.save_minutes, sheet_minutes=args.sheet_minutes, sheet=sheet, config=fixed,
+                     settings=settings)
     data = f"ip2p.world, {args.subset}" if args.data == "world" else Path(args.data).name
     return dict(stage=args.stage, data=data, steps=result["step"], batch_size=args.batch_size,
                 minutes=round(result["seconds"] / 60, 1), finished=result["finished"], commit=commit(),

@@ -18,6 +18,7 @@ from ip2p.clip_filter import ClipSimilarity, Thresholds, calibrate
 from ip2p.distributed import choose_device
 from ip2p.guidance import instruct_denoiser, text_denoiser
 from ip2p.images import to_pixels
+from ip2p.inversion import invert, null_text
 from ip2p.prompt_to_prompt import CONTROLS, ControlledRun, LocalBlend, control_pairs, prompt_to_prompt
 from ip2p.samplers import SAMPLERS
 from ip2p.tensorfiles import read_state_dict
@@ -126,6 +127,18 @@ def test_pictures_with_controls(gpu, sampler):
                  for kind in CONTROLS]
         pictures.append(torch.cat([drawn, *chain(*pairs)]))
     assert (pictures[0] - pictures[1]).abs().max() <= 2 / 255 + 1e-6
+
+
+def test_inversion_in_low_memory(gpu):
+    """The UNet comes to the device for it, and goes."""
+    z, found = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), []
+    for device, sparing in (("cpu", False), ("cuda", True)):
+        model = InstructPix2Pix(make_model(4).parts, device, low_memory=sparing)
+        latents = invert(model, z.to(device), ["a fox"], 3, progress=False)
+        nulls = null_text(model, latents, "a fox", inner_steps=1, progress=False)
+        assert all(p.is_cpu for p in model.unet.parameters())
+        found.append(torch.cat([x.cpu().flatten() for x in latents + nulls]))
+    assert torch.allclose(*found, rtol=1e-4, atol=1e-4)
 
 
 # ---- the commands

@@ -59,6 +59,11 @@ def test_floats(tmp_path, most):
     assert np.abs(np.asarray(open_image(tmp_path / "x.tif"))[..., 0].astype(int) - 255 * ramp).max() <= 1
 
 
+def test_what_is_not_a_number_is_black():
+    picture = to_rgb(Image.fromarray(np.array([[np.nan, 0.5], [0.0, 1.0]], np.float32)))
+    assert np.asarray(picture)[..., 0].tolist() == [[0, 127], [0, 255]]
+
+
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
 def test_16_bit_gray(tmp_path, suffix):
     ramp = (np.arange(256) * 257).astype(np.uint16).reshape(16, 16)                      # 0..65535

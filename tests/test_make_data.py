@@ -288,6 +288,10 @@ def test_edits_are_written_from_captions_then_drawn(cli, models, tmp_path, monke
     then = tree(tmp_path / "out")
     assert "0000002/prompt.json" in then and all(then[k] == first[k] for k in first if k.startswith("000000"))
     assert make_data.run(["--check", str(tmp_path / "out")]) == 0
+    (tmp_path / "pairs").mkdir()
+    shutil.copy(tmp_path / "out" / "edits.jsonl", tmp_path / "pairs")
+    assert make_data.run([*argv, "--pairs-only", "--out", str(tmp_path / "pairs")]) == 0       # all, whatever --num-captions is
+    assert len(list((tmp_path / "pairs").glob("0*"))) == 3
     for shard in ("0/2", "1/2"):                                           # the second does not wait for what will not come
         assert make_data.run([*argv, "--captions", "the world's", "--seed", "1", "--shard", shard]) == 2
         assert "holds edits made with other settings (captions was" in capsys.readouterr().err

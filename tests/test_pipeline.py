@@ -52,6 +52,8 @@ def test_an_edit_in_half_precision_is_much_the_same(name):
     (dict(images=Image.new("RGB", (64, 3))), "sides of at least 8 pixels .* got 64x3"),
     (dict(images=[PICTURE, colors(64, 32)], x_T=torch.zeros(2, 4, 16, 16)), "x_T needs pictures of one size"),
     (dict(prompts=["make it night", " "], x_T=torch.zeros(2, 4, 16, 16)), "x_T needs pictures of one size, each with an instr"),
+    (dict(prompts=" ", x_T=torch.zeros(1, 4, 16, 16)), "x_T needs .*, each with an instr"),
+    (dict(size=0), "size must be at least 1, got 0"),
     (dict(x_T=torch.zeros(1, 4, 8, 8)), r"x_T must be \(1, 4, 16, 16\), got \(1, 4, 8, 8\)"),
     (dict(steps=0), "steps must be in 1..1000, got 0"), (dict(steps=1001), "1..1000, got 1001"),
     (dict(sampler="heun"), "one of ddim, euler-ancestral, got 'heun'"), (dict(num_images=0), "num_images .* got 0"),
@@ -64,6 +66,7 @@ def test_edit_refuses(editor, wrong, words):
 
 @pytest.mark.parametrize("wrong, words", [
     (dict(size=(60, 64)), "multiples of 8, got 60x64"), (dict(size=-8), "multiples of 8, got -8x-8"),
+    (dict(size=0), "multiples of 8, got 0x0"),
     (dict(x_T=torch.zeros(1, 4, 8, 8)), r"x_T must be \(1, 4, 16, 16\), got \(1, 4, 8, 8\)"),
     (dict(cfg_text=float("nan")), "cfg_text must be a finite number, got nan"), (dict(steps=0), "1..1000, got 0")])
 def test_generate_refuses(maker, wrong, words):
@@ -79,6 +82,10 @@ def test_draw_pairs_refuses(maker, wrong, words):
     texts = dict(captions=["a fox", "a cat"], edited_captions=["a red fox", "a red cat"])
     with pytest.raises(ValueError, match=words):
         maker.draw_pairs(**texts | dict(seeds=[0, 1], shares=[0.5, 0.5], cfg_text=[3.0, 3.0], steps=1) | wrong)
+
+
+def test_nothing_asked_for_is_nothing_made(editor, maker):
+    assert editor.edit([], []) == maker.generate([]) == []
 
 
 def test_a_model_of_the_other_kind_is_refused(editor, maker):

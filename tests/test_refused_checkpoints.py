@@ -3,12 +3,14 @@ import json
 import pickle
 import shutil
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
-from checkpoints import error_of, public, published_like
+from checkpoints import error_of, public, published_like, tiny
 
-from ip2p.checkpoint import read_state_dict
+from ip2p.checkpoint import read_state_dict, save_checkpoint
+from ip2p.text import TextEncoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -59,6 +61,17 @@ def test_what_is_not_a_checkpoint_is_refused_by_name(tmp_path, saved):
         assert words in message and message.startswith(str(tmp_path / name)), message
     for name in ("missing.safetensors", "./models/missing", "no such/thing here"):
         assert "no such file or folder" in error_of(tmp_path / name)
+
+
+def test_parts_that_do_not_go_together(tmp_path):
+    mine, other = tiny("sd1"), tiny("odd")
+    narrow = TextEncoder(replace(mine.text.config, width=32))
+    save_checkpoint(replace(mine, text=narrow), tmp_path / "text.safetensors")
+    assert "its UNet reads texts 64 wide, its text encoder's are 32" in error_of(tmp_path / "text.safetensors")
+    save_checkpoint(other, tmp_path / "odd.safetensors")
+    save_checkpoint(mine, tmp_path / "good.safetensors")
+    message = error_of(tmp_path / "good.safetensors", vae=tmp_path / "odd.safetensors")
+    assert "odd.safetensors: its autoencoder's latents have 6 channels, those of" in message and message.endswith("UNet 4")
 
 
 def test_keys_are_strict_both_ways(tmp_path, saved):

@@ -110,5 +110,16 @@ def test_all_stages_leave_alone_what_is_finished_and_end_in_a_table(drawn, tmp_p
     for path in (tmp_path / "edit", tmp_path / "distill"):
         shutil.rmtree(path)
         (tmp_path / {"edit": "mini-ip2p.safetensors", "distill": "mini-ip2p-fast.safetensors"}[path.name]).unlink()
-    run("--stage", "all", "--data", "world", "--out", tmp_path)
+    run("--stage", "all", "--data", "world", "--max-resize", 200, "--out", tmp_path)
     assert len(drawn) == 1 and read_state_dict(tmp_path / "mini-ip2p-fast.safetensors")[1]["teacher"]["data"] == "ip2p.world, core"
+
+
+def test_all_stages_do_not_go_on_from_an_editor_of_another_base(tmp_path):
+    """As `python train.py` leaves it in runs/, made from the shipped base; or a run of it that was stopped."""
+    shutil.copy(ROOT / "weights" / "mini-ip2p.safetensors", tmp_path)
+    (tmp_path / "stopped" / "edit").mkdir(parents=True)
+    (tmp_path / "stopped" / "edit" / "step-0000001.pt").touch()
+    for out in (tmp_path, tmp_path / "stopped"):
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()) as complaint:
+            assert train.run_command(["--stage", "all", "--data", "world", "--out", str(out), *LITTLE]) == 2
+        assert f"{out}: its edit was begun without its base" in complaint.getvalue() and not (out / "vae").exists()

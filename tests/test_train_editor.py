@@ -26,6 +26,7 @@ from ip2p import InstructPix2Pix, presets
 from ip2p.checkpoint import Parts, load_checkpoint, save_checkpoint
 from ip2p.clip_filter import import_open_clip
 from ip2p.data import PairedDataset
+from ip2p.distributed import locked
 from ip2p.run_folder import list_checkpoints
 from ip2p.text import TextConfig, TextEncoder
 from ip2p.unet import UNet, UNetBlock, UNetConfig
@@ -333,6 +334,15 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(command, tmp_p
     assert f"{first} holds the last good state" in complaint[0]
     assert [p.name for p in (tmp_path / "run/edit").glob("*step*")] == [first.name] and first.read_bytes() == before
     assert end(in_child(command("--steps", 20))) == 0
+
+
+def test_a_second_run_in_the_same_folder_is_refused(command, tmp_path):
+    (tmp_path / "run" / "edit").mkdir(parents=True)
+    (tmp_path / "run" / "edit" / ".step-0000003.pt.1.tmp").touch()                 # what the first is writing
+    with locked(tmp_path / "run" / "edit"):
+        code, _, complaint = run(command())
+    assert code == 2 and f"{tmp_path / 'run/edit'}: another run is at work there" in complaint
+    assert len(list((tmp_path / "run" / "edit").iterdir())) == 1
 
 
 # ---- presets

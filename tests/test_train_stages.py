@@ -143,6 +143,7 @@ def test_two_processes_share_out_the_scenes_and_the_steps(trained, tmp_path):
     ("--dropout 0.5", "--dropout must be in 0..1/3, got 0.5"),
     ("--views -1", "--views must be at least 0, got -1"),
     ("--size 100", "--size must be a multiple of 32, got 100"),
+    ("--size 0", "--size must be a multiple of 32, got 0"),
     ("--size -128", "--size must be a multiple of 32, got -128"),
     ("--cooldown 3", "--cooldown is a share of the steps, in 0..1, got 3.0"),
     ("--init weights/mini-ip2p.safetensors --data world --out weights", "the result would take its place; give another --out"),
