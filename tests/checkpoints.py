@@ -78,12 +78,13 @@ def public(parts):
 
 
 def published_like(kind):
-    """Narrow parts whose heads and groups follow Stable Diffusion's rules, so that a file needs no record."""
+    """Narrow parts, but for the text's, whose heads and groups follow Stable Diffusion's rules, so that a file needs no record."""
     sd2 = kind == "sd2"
+    width = 1024 if sd2 else 768
     unet = UNetConfig(model_channels=64 if sd2 else 32, channel_mult=(1, 2), num_res_blocks=1, linear_proj=sd2,
-                      attention_levels=(True, False), context_dim=1024 if sd2 else 768,
+                      attention_levels=(True, False), context_dim=width,
                       num_heads=None if sd2 else 8, head_channels=64 if sd2 else None)
-    text = TextConfig(vocab_size=600, context_length=12, width=64, layers=2, heads=1)
+    text = TextConfig(vocab_size=600, context_length=12, width=width, layers=2, heads=width // 64)
     if sd2:
         text = replace(text, quick_gelu=False, skip_last=1, pad_with_end=False, projection_dim=64)
     vae = VAEConfig(channels=32, channel_mult=(1, 2), num_res_blocks=1)
