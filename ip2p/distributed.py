@@ -2,6 +2,7 @@
 gradients are averaged before the step. Without torchrun there is one, and it shares nothing out."""
 import os
 import re
+import time
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -111,16 +112,23 @@ def any_of(flag: bool) -> bool:
 @contextmanager
 def locked(path, busy: str | None = None):
     """One process at a time, whoever started it: while another is in a block of the same file or folder this one waits, or if
-    there is something to say then, raises ValueError(busy). A file is made if there is none."""
+    there is something to say then, raises ValueError(busy), after 10 seconds: for so long the loaders of a run that was killed
+    may outlive it. A file is made if there is none."""
     import fcntl                                                        # Unix only
     lock = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB if busy else fcntl.LOCK_EX)
-        except BlockingIOError:
-            raise ValueError(busy) from None
+        end = time.monotonic() + 10
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB if busy else fcntl.LOCK_EX)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise ValueError(busy) from None
+                time.sleep(0.1)
         yield
     finally:
+        fcntl.flock(lock, fcntl.LOCK_UN)                                # for processes forked since, too, which have it open
         os.close(lock)
 
 
