@@ -182,8 +182,10 @@ def bench_train(args):
                                   size=(args.size or [own_size])[0], checkpointing=args.checkpointing, compile=args.compile)
         programs = {"ip2p, cached latents and text": (train_by_ip2p, folder, told, True),
                     "ip2p": (train_by_ip2p, folder, told, False), "diffusers": (train_by_diffusers, folder, told)}
-        with side_by_side(args.device, **programs) as sides:
-            timed = take_turns(sides, args.repeats)
+        timed = {}
+        for together in ([{name: program} for name, program in programs.items()] if args.alone else [programs]):
+            with side_by_side(args.device, **together) as sides:
+                timed |= take_turns(sides, args.repeats)
     theirs, B = timed["diffusers"], told.batch_size
     rows = [[f"{B} x {told.size} x {told.size}" + " checkpointed" * args.checkpointing, name, decimal(B / t.seconds, 3),
              gigabytes(t.peak), decimal(theirs.seconds / t.seconds, 2), f"{t.results[0]:.5f}, {t.results[-1]:.5f}",
@@ -250,6 +252,8 @@ def main(argv=None):
     flag("--workers", type=int, nargs="+", default=[1, 2, 4], help="growth: processes that share out edits (default: 1 2 4)")
     flag("--checkpointing", action="store_true",
          help="train: compute the UNet's blocks again for their gradients (default: off)")
+    flag("--alone", action="store_true",
+         help="train: one program after the other, where memory does not hold them together (default: in turns)")
     flag("--low-memory", action="store_true", help="edit: with as little memory as sample.py --low-memory too (default: off)")
     flag("--compile", action="store_true", help="edit: with torch.compile too; train: with it only (default: off)")
     flag("--repeats", type=int, default=7, help="calls of each that count, after one that does not (default: %(default)s)")

@@ -160,3 +160,14 @@ def test_every_kind_ends_with_its_table(kind, flags, rows, folders, tmp_path, ca
     assert len(lines) == rows + (2 if kind == "growth" else 1)
     numbers = [float(n) for line in lines for n in re.findall(r"(?<=\| )(?:-?[\d.]+(?:e-\d+)?|nan|inf)(?= )", line)]
     assert len(numbers) >= 2 * rows and all(map(math.isfinite, numbers))
+
+
+def test_programs_that_memory_does_not_hold_together_run_alone(folders, capsys, monkeypatch):
+    """The stand-in's seconds are the number of programs at once."""
+    pytest.importorskip("diffusers")
+    monkeypatch.setattr(bench, "side_by_side", in_this_process)
+    given = ["--model", str(folders[0]), "--batch-size", "2", "--size", "32", "--repeats", "1", "--device", "cpu"]
+    for flags, rate in (([], "0.667"), (["--alone"], "2")):
+        bench.main(["train", *given, *flags])
+        rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| 2 x 32")]
+        assert len(rows) == 3 and all(row[2].startswith(rate) for row in rows), rows
