@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ip2p.command_line import PARAMETERIZATION, SEEDS, Parser, exit_status, within
+from ip2p.command_line import PARAMETERIZATION, SEEDS, Parser, exit_status, named_path, within
 from ip2p.data import (find_pictures, keep_pictures, list_seeds, prompt_texts, read_json, read_jsonl, write_file, write_rows,
                        write_sheet)
 from ip2p.distributed import DTYPES, choose_device, locked
@@ -393,7 +393,7 @@ def shard(text):
 def parse(argv=None):
     p = Parser(prog="make_data.py", description=__doc__)
     flag, share, scale, cosine = p.add_argument, within(float, 0, 1), within(float, -1000, 1000), within(float, -1, 1)
-    flag("--out", type=Path, default=Path("data"), help="the data set's folder (default: %(default)s)")
+    flag("--out", type=named_path, default=Path("data"), help="the data set's folder (default: %(default)s)")
     flag("--model", default=str(WEIGHTS / "mini-sd.safetensors"), help="a text-to-image model: a file, a diffusers folder "
          "or an id on the Hugging Face hub (default: weights/mini-sd.safetensors)")
     flag("--vae", help="a file or folder with another autoencoder, as the paper's (default: the model's own)")

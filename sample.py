@@ -17,7 +17,7 @@ from contextlib import contextmanager, nullcontext
 from itertools import chain, count, islice, product
 from pathlib import Path
 
-from ip2p.command_line import PARAMETERIZATION, SEEDS, Parser, complaint, exit_status, within
+from ip2p.command_line import PARAMETERIZATION, SEEDS, Parser, complaint, exit_status, named_path, within
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 EDITOR = WEIGHTS / "mini-ip2p-fast.safetensors", "path/to/instruct-pix2pix-00-22000.safetensors or --model timbrooks/instruct-pix2pix"
@@ -26,6 +26,7 @@ METHODS = {"ip2p": EDITOR, "sdedit": BASE, "p2p": BASE, "null-text": BASE}      
 OWN_FLAGS = {("grid", "cfg_image", "negative_prompt", "sampler"): ["ip2p"], ("strength",): ["sdedit"],
              ("source_prompt", "cross_steps", "self_steps", "blend"): ["p2p", "null-text"]}
 WRITTEN = (".png", ".jpg", ".jpeg", ".webp")
+LONGEST = {".webp": 16383, ".jpg": 65500, ".jpeg": 65500}                             # side of a picture in such a file
 READ = (*WRITTEN, ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm")           # what is taken from a folder
 
 
@@ -44,6 +45,9 @@ def main(args):
     if not first:
         return 2
     folder, file = check_output(args.output, paths, len(paths) * len(args.prompt) * args.num_images)
+    side, longest = max(first[0][1].size), LONGEST.get(file.suffix.lower()) if file else None
+    if longest and side > longest and not (args.keep_model_size or args.grid):
+        raise ValueError(f"--output {file}: such a file holds sides of up to {longest} pixels, and the result has {side}; write .png")
 
     # Load the model. It may know the settings that suit it.
     miniature, public = METHODS[args.method]
@@ -136,7 +140,7 @@ class TextEditor:
 def find_pictures(images):
     """Paths of the files named, and of the pictures in the folders named."""
     paths = []
-    for path in map(Path, images):
+    for path in images:
         found = [path]
         if path.is_dir():
             found = sorted(p for p in path.glob("[!.]*") if p.suffix.lower() in READ and p.is_file())
@@ -165,7 +169,7 @@ def name_of(path):
 
 def check_output(output, paths, results):
     """(folder, file) to write to; the file is None where names are to be made. ValueError if nothing can be written."""
-    folder = file = Path(output)
+    folder = file = output
     if folder.is_dir() or folder.suffix.lower() not in READ:
         file = None
     elif file.suffix.lower() not in WRITTEN:
@@ -250,13 +254,13 @@ def run(argv=None):
 def parse(argv=None):
     p = Parser(prog="sample.py", description=__doc__)
     flag, scale = p.add_argument, within(float, -1000, 1000)
-    flag("--image", nargs="+", required=True, help="pictures to edit: files, or folders of them (no default)")
+    flag("--image", type=named_path, nargs="+", required=True, help="pictures to edit: files, or folders of them (no default)")
     flag("--prompt", nargs="+", required=True, help="instructions, each for every picture (no default)")
     flag("--model", help="a .safetensors or .ckpt file, a diffusers folder, or an id on the Hugging Face hub (default: "
          "weights/mini-ip2p-fast.safetensors, the distilled miniature; weights/mini-sd.safetensors for other methods)")
     flag("--vae", help="a file or folder with another autoencoder (default: the model's own)")
     flag("--parameterization", **PARAMETERIZATION)
-    flag("--output", default="outputs", help="a folder, where results get names like fox-make-it-night.png that are not taken "
+    flag("--output", type=named_path, default="outputs", help="a folder, where results get names like fox-make-it-night.png that are not taken "
          "yet; or a .png, .jpg or .webp file, for a single result (default: %(default)s)")
     flag("--steps", type=within(int, 1, 1000), help="of the sampler (default: the model's own, else 20)")
     flag("--sampler", choices=("ddim", "euler-ancestral"), default="ddim", help="default: %(default)s")
@@ -266,7 +270,8 @@ def parse(argv=None):
     flag("--seed", type=SEEDS, default=0, help="of the noise (default: %(default)s)")
     flag("--num-images", type=within(int, 1, 10000), default=1, help="results of each picture and instruction, with this seed "
          "and the next ones (default: %(default)s)")
-    flag("--size", type=within(int, 8, 8192), help="long side of the picture in the model (default: the model's own)")
+    flag("--size", type=within(int, 8, 8192), help="long side of the picture in the model, where both sides are multiples "
+         "of what the model asks, 64 for Stable Diffusion's; what that stretches is undone (default: the model's own)")
     flag("--keep-model-size", action="store_true", help="leave results at that size (default: as large as the input)")
     flag("--grid", action="store_true", help="a labelled sheet of each picture and instruction: --cfg-text and --cfg-image "
          "may be several scales, all of which are combined (default: off)")

@@ -27,7 +27,7 @@ from torch import nn
 
 from ip2p import InstructPix2Pix, distributed
 from ip2p.checkpoint import load_checkpoint, round_as_stored, save_checkpoint
-from ip2p.command_line import PARAMETERIZATION, SEEDS, Parser, exit_status
+from ip2p.command_line import PARAMETERIZATION, SEEDS, Parser, exit_status, named_path
 from ip2p.distill import train_distill
 from ip2p.features import CachedPairs, hash_weights
 from ip2p.guidance import dropout_masks
@@ -368,7 +368,7 @@ def parse(argv=None):
     flag, switch = parser.add_argument, argparse.BooleanOptionalAction
     stages, own = [*FROM_NOTHING, *FROM_A_MODEL, "all"], "(default: the stage's or the preset's own)"
     flag("--stage", choices=stages, default="edit", help="what to train (default: %(default)s)")
-    flag("--out", type=Path, default=Path("runs"), help="folder of the runs (default: %(default)s)")
+    flag("--out", type=named_path, default=Path("runs"), help="folder of the runs (default: %(default)s)")
     flag("--seed", type=SEEDS, default=0, help="of initial weights, noise and examples (default: %(default)s)")
     flag("--steps", type=int, help=f"optimiser steps in all; may be changed when resuming {own}")
     flag("--minutes", type=float, help="stop a stage after so many minutes; repeat the command to go on (default: never)")

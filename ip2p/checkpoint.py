@@ -25,7 +25,8 @@ from .vae import AutoencoderKL, VAEConfig
 # What the original's files hold beside weights: the noise schedule, an optimiser's or loss's own, constants of CLIP.
 IGNORED = re.compile(r"betas|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_.*|posterior_.*|logvar|lvlb_weights|"
                      r"model_ema\.(decay|num_updates)|first_stage_model\.(loss\..*|model_ema\.(decay|num_updates))|"
-                     r"cond_stage_model\.((transformer|model)\.)?(logit_scale|attn_mask)|.*\.position_ids")
+                     r"cond_stage_model\.((transformer|model)\.)?(logit_scale|attn_mask)|.*\.position_ids|"
+                     r"cond_stage_model\.text_projection|denoiser\.sigmas")
 SD1_TEXT = dict(quick_gelu=True, skip_last=0, pad_with_end=True)
 SD2_TEXT = dict(quick_gelu=False, skip_last=1, pad_with_end=False)
 MODELS = {"unet": (UNet, UNetConfig), "vae": (AutoencoderKL, VAEConfig), "text": (TextEncoder, TextConfig)}
@@ -122,7 +123,8 @@ def _locate(path):
             weights = [f"{stem}{ending}" for stem in stems for ending in
                        (f"{variant}.{kind}", f"{variant}-0*.{kind}", f".{kind}.index{variant}.json")]
             local = Path(huggingface_hub.snapshot_download(str(path), allow_patterns=configs + weights))
-            if any(list(folder.glob(f"diffusion_pytorch_model*.{kind}")) for folder in (local, local / "unet")):
+            parts = [part for name in ("unet", "vae", "text_encoder") if (part := local / name).is_dir()] or [local]
+            if all(any(file.suffix in (".safetensors", ".bin") for file in part.iterdir()) for part in parts):
                 break
         return local
     except Exception as error:                           # offline, not found, gated, no huggingface_hub, ...
@@ -149,6 +151,14 @@ def checksum(tensors: keys.Tensors) -> int:
     return total
 
 
+def check_kind(path, names):
+    """ValueError for files of other kinds that are taken for a checkpoint, by what only their tensors are called."""
+    kinds = {"a LoRA": "lora", "of Stable Diffusion XL": "conditioner.embedders.", "of Stable Diffusion 3": ".joint_blocks."}
+    for kind, mark in kinds.items():
+        if any(mark in name for name in names):
+            raise ValueError(f"{path}: is {kind}; needed a whole checkpoint of Stable Diffusion 1 or 2, or of an editor made from one")
+
+
 def _read_file(path, use_shared=True):
     """A single file in the original's layout."""
     tensors, record = read_state_dict(path)
@@ -156,6 +166,7 @@ def _read_file(path, use_shared=True):
         tensors = _below(tensors, "module.")
     tensors = {name: tensor for name, tensor in tensors.items() if not IGNORED.fullmatch(name)}
     names = list(tensors)
+    check_kind(path, names)
     unet, ema = _below(tensors, PREFIXES["unet"]), _below(tensors, "model_ema.")
     vae = _below(tensors, PREFIXES["vae"])
     hf, text = _below(tensors, "cond_stage_model.transformer."), _below(tensors, PREFIXES["text"])

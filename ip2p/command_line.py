@@ -2,6 +2,7 @@
 import argparse
 import ctypes
 import sys
+from pathlib import Path
 from typing import Callable
 
 PARAMETERIZATION = dict(choices=("eps", "v"), help="what the UNet of the model given predicts, where its file does not say or "
@@ -30,6 +31,13 @@ def within(kind: Callable, least: float, most: float) -> Callable:
         return value
     convert.__name__ = kind.__name__                           # for argparse's own message
     return convert
+
+
+def named_path(text: str) -> Path:
+    """An argparse type: a path; not the empty text of a variable that is not set, which would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("needed a path, got nothing")
+    return Path(text)
 
 
 SEEDS = within(int, 0, 2 ** 63 - 1)                         # what torch takes

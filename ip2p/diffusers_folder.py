@@ -22,6 +22,9 @@ def read_folder(path: Path):
     if not (path / "unet").is_dir():
         raise ValueError(f"{path}: not a diffusers folder (it has no unet/); a checkpoint is a .safetensors or .ckpt file, "
                          f"or a folder with unet/, vae/ and text_encoder/")
+    if (path / "text_encoder_2").is_dir():
+        raise ValueError(f"{path}: has two text encoders, as Stable Diffusion XL; needed Stable Diffusion 1 or 2, or an editor made "
+                         f"from one")
     for part in ("vae", "text_encoder"):
         if not (path / part).is_dir():
             raise ValueError(f"{path}: an incomplete diffusers folder (it has no {part}/)")
@@ -80,7 +83,11 @@ def _read_text(folder, tokenizer):
                  pad_with_end=act == "quick_gelu" if pad is None else pad == end)    # Stable Diffusion 2: "!", id 0
     if "num_attention_heads" in config:
         known["heads"] = config["num_attention_heads"]
-    return keys.text_from_hf(_weights(folder, "model", "pytorch_model")), known
+    tensors = keys.text_from_hf(_weights(folder, "model", "pytorch_model"))
+    if isinstance(used := config.get("num_hidden_layers"), int):                 # fewer than there are: clip-skip
+        tensors = {name: tensor for name, tensor in tensors.items()
+                   if not name.startswith("transformer.resblocks.") or int(name.split(".")[2]) < used}
+    return tensors, known
 
 
 def _read_scheduler(path):
@@ -102,7 +109,10 @@ def _weights(folder, *stems):
                 if file.is_file():
                     return read_state_dict(file)[0]
                 for index in filter(Path.is_file, indices):
-                    shards = sorted({Path(name).name for name in _json(index).get("weight_map", {}).values()})
+                    names = _json(index).get("weight_map")
+                    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+                        raise ValueError(f"{index}: needed a weight_map, the file of every tensor")
+                    shards = sorted({Path(name).name for name in names.values()})
                     return {name: tensor for shard in shards for name, tensor in read_state_dict(folder / shard)[0].items()}
     raise ValueError(f"{folder}: no weights ({stems[0]}.safetensors or the like)")
 

@@ -1,10 +1,11 @@
 """Pictures between files, PIL and tensors: any mode to RGB, sizes that a model can take, pixels in [-1, 1]."""
 import warnings
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, UnidentifiedImageError
 from torch import Tensor
 
 from .tensorfiles import replacing
@@ -47,7 +48,7 @@ def check_shape(image: Image.Image):
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Upright by its EXIF tag, 8 bits a channel, transparency laid over white."""
+    """Upright by its EXIF tag, in sRGB, 8 bits a channel, transparency laid over white."""
     image.load()                                                          # a TIFF turns itself here, and forgets its tag
     try:
         turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
@@ -62,9 +63,21 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray((values * (255 if values.max() <= 1 else 1)).clip(0, 255).astype(np.uint8))
     if image.mode.startswith("I"):                                        # 16 bits of gray
         image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
+    profile = image.info.get("icc_profile")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return in_srgb(image.convert("RGB") if image.mode == "P" else image, profile)
+
+
+def in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """As RGB, in the colours that a picture's own profile means, such as a telephone's Display P3."""
+    if profile:
+        try:
+            image = ImageCms.profileToProfile(image, BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB")
+        except ImageCms.PyCMSError:                                       # damaged, or of another kind of picture
+            pass
+        image.info.pop("icc_profile", None)
     return image.convert("RGB")
 
 

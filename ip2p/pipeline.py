@@ -262,10 +262,15 @@ class InstructPix2Pix:
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W), about in [-1, 1], of latents as the sampler leaves them."""
+        """Pixels (B, 3, H, W), about in [-1, 1], of latents as the sampler leaves them. ValueError if numbers have overflowed,
+        as they may in float16."""
         with self.working(self.vae):
             decode = partial(low_memory.decode, self.vae) if self.low_memory else self.vae.decode
-            return decode((z / self.vae.config.scale_factor).to(self.dtype))
+            pixels = decode((z / self.vae.config.scale_factor).to(self.dtype))
+        if not pixels.isfinite().all():
+            raise ValueError(f"the model computed numbers that are not finite in {str(self.dtype).removeprefix('torch.')}; use "
+                             f"bfloat16 (--dtype bf16) or float32 (--dtype fp32)")
+        return pixels
 
     def check_edits(self):
         """ValueError unless this is an editor."""

@@ -267,8 +267,8 @@ def replacing(path):
     """A temporary name beside `path`, for a file or a folder, that takes its place when the block has ended well. ValueError
     if that would put a file in the place of a folder."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    start = path.name[:50]                                     # a name may be as long as the system lets it be
+    temporary, old = (path.with_name(f".{start}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
     try:
         yield temporary
         if path.is_dir():                                     # a folder cannot be replaced in one step

@@ -382,6 +382,10 @@ def test_hub_ids_with_pickles_alone_and_of_an_autoencoder(tmp_path, saved, monke
     assert same_parts(load_checkpoint("name/pickles"), parts)
     assert same(load_vae("name/vae"), parts.vae)
     assert not any(pattern.endswith(".bin") for pattern in asked[0])
+    mixed = shutil.copytree(folder, tmp_path / "name/mixed")                        # one part as .bin alone
+    shutil.copy(tmp_path / "name/pickles/text_encoder/pytorch_model.bin", mixed / "text_encoder")
+    (mixed / "text_encoder/model.safetensors").unlink()
+    assert same_parts(load_checkpoint("name/mixed"), parts)
 
 
 def test_hub_ids(tmp_path, saved, monkeypatch):

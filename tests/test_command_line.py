@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ip2p.command_line import Parser, exit_status, within
+from ip2p.command_line import Parser, exit_status, named_path, within
 
 ROOT = Path(__file__).parent.parent
 
@@ -70,6 +70,12 @@ def test_a_flag_out_of_bounds_is_one_line(text, said, capsys):
     err = capsys.readouterr().err
     assert end.value.code == 2 and err.startswith("x.py: argument --share: ") and said in err and err.count("\n") == 1
     assert "two\nlines" in parser.format_help()
+
+
+@pytest.mark.parametrize("script", ["train.py --out", "make_data.py --out", "sample.py --prompt x --image x.png --output"])
+def test_a_variable_that_is_not_set_is_no_folder(script):
+    done = subprocess.run([sys.executable, *script.split(), ""], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.endswith("needed a path, got nothing\n") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("script", ["sample.py", "train.py", "make_data.py", "-m ip2p.evaluate edits", "-m ip2p.bench edit"])

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from ip2p.check_data import check_dataset
-from ip2p.data import PairedDataset, keep_pictures, list_seeds, prompt_texts, read_jsonl
+from ip2p.data import PairedDataset, find_pairs, keep_pictures, list_seeds, prompt_texts, read_jsonl
 
 SMALL = dict(min_resize_res=16, max_resize_res=16, crop_res=16, flip_prob=0.0)
 
@@ -343,6 +343,17 @@ def test_every_damage_is_found_and_its_file_named(tmp_path, kind):
     problems = check_dataset(path)
     assert any(words in problem for problem in problems) and len(problems) <= 3, problems
     assert all(str(path) in problem and "\n" not in problem for problem in problems)
+
+
+def test_prompts_in_folders_of_folders_are_read_and_checked(tmp_path):
+    path = write_published(tmp_path / "set", 3)
+    (path / "shard-00").mkdir()
+    for folder in path.glob("0*"):
+        folder.rename(path / "shard-00" / folder.name)
+    (path / "seeds.json").write_text((path / "seeds.json").read_text().replace('["0', '["shard-00/0'))
+    assert check_dataset(path) == [] and len(find_pairs(path)) == 3
+    (path / "shard-00/0000001/7_0.jpg").unlink()
+    assert any("0000001/7_0.jpg" in problem for problem in check_dataset(path))
 
 
 def test_damage_in_a_list_of_files_is_found(tmp_path):

@@ -169,6 +169,14 @@ def test_we_open_what_diffusers_saves(tmp_path, diffusers, kind, prefix):
     save_checkpoint(parts, tmp_path / "m.safetensors")                            # and on to a single file
     assert same_parts(load_checkpoint(tmp_path / "m.safetensors"), parts)
 
+    config = json.loads((tmp_path / "text_encoder/config.json").read_text())      # clip-skip: its last layer is left out
+    (tmp_path / "text_encoder/config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    text = transformers.CLIPTextModel.from_pretrained(tmp_path / "text_encoder")
+    parts = load_checkpoint(tmp_path)
+    assert parts.text.config.layers == 2
+    with torch.no_grad():
+        assert relative_error(parts.text(ids), text(ids)[0]) < PARITY
+
 
 # ---- full size, without weights ----
 

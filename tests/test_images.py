@@ -4,7 +4,7 @@ import struct
 import numpy as np
 import pytest
 from pictures import colors
-from PIL import Image
+from PIL import Image, ImageCms
 
 from ip2p.images import open_image, to_rgb
 
@@ -77,6 +77,39 @@ def test_cmyk(tmp_path, suffix, tolerance):
     Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / f"x{suffix}")          # red
     got = np.asarray(open_image(tmp_path / f"x{suffix}")).astype(int)
     assert np.abs(got - [255, 0, 0]).max() <= tolerance
+
+
+def profile_with(*exchanged):
+    """The profile of sRGB as a file holds it, in which the places of two of its tags are exchanged."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    table, rest = profile[128:132 + 12 * int.from_bytes(profile[128:132], "big")], {}
+    for name, other in zip(exchanged, exchanged[::-1]):
+        rest[name] = table.index(other)
+    for name, place in rest.items():
+        profile = profile[:128 + place] + name + profile[132 + place:]
+    return profile
+
+
+def test_colours_are_those_that_the_profile_means(tmp_path):
+    """Of a space whose red is sRGB's green and the other way round; whatever else a file holds in a profile's place is ignored."""
+    picture = colors(24, 16)
+    red, green, blue = picture.split()
+    exchanged = Image.merge("RGB", (green, red, blue))
+    opaque = picture.copy()
+    opaque.putalpha(255)
+    for name in ("x.png", "x.tif", "x.webp"):
+        for image in (picture, opaque):
+            image.save(tmp_path / name, icc_profile=profile_with(b"rXYZ", b"gXYZ"), lossless=True)
+            got = open_image(tmp_path / name)
+            assert np.abs(np.asarray(got).astype(int) - np.asarray(exchanged)).max() <= 1
+            assert to_rgb(got).tobytes() == got.tobytes()                                # not a second time
+        for profile in (profile_with(), b"no profile", profile_with()[:200]):
+            picture.save(tmp_path / name, icc_profile=profile, lossless=True)
+            assert open_image(tmp_path / name).tobytes() == picture.tobytes()
+    palette = picture.quantize(16)
+    palette.save(tmp_path / "x.png", icc_profile=profile_with(b"rXYZ", b"gXYZ"))
+    red, green, blue = palette.convert("RGB").split()
+    assert np.abs(np.asarray(open_image(tmp_path / "x.png")).astype(int) - np.asarray(Image.merge("RGB", (green, red, blue)))).max() <= 1
 
 
 def test_transparency_is_laid_over_white(tmp_path):

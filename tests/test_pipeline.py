@@ -84,6 +84,15 @@ def test_draw_pairs_refuses(maker, wrong, words):
         maker.draw_pairs(**texts | dict(seeds=[0, 1], shares=[0.5, 0.5], cfg_text=[3.0, 3.0], steps=1) | wrong)
 
 
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_numbers_that_overflow_are_no_black_picture(low_memory):
+    parts = tiny("sd1")
+    torch.nn.init.constant_(parts.vae.decoder.conv_in.bias, 1e38)
+    model = InstructPix2Pix(parts, low_memory=low_memory)
+    with pytest.raises(ValueError, match="not finite in float32; use bfloat16 .*--dtype bf16"):
+        model.edit(PICTURE, "make it night", steps=1, progress=False)
+
+
 def test_nothing_asked_for_is_nothing_made(editor, maker):
     assert editor.edit([], []) == maker.generate([]) == []
 

@@ -89,7 +89,12 @@ def test_keys_are_strict_both_ways(tmp_path, saved):
     assert "text encoder has missing keys: 1 (ln_final.bias)" in refused(
         **{"cond_stage_model.transformer.text_model.final_layer_norm.bias": None})
     assert "UNet has unknown keys: 1 (label_emb.weight)" in refused(**{unet + "label_emb.weight": torch.ones(1)})
-    assert "unknown keys: 1 (lora.up)" in refused(**{"lora.up": torch.ones(1)})
+    assert "unknown keys: 1 (odd.up)" in refused(**{"odd.up": torch.ones(1)})
+    for name, words in (("unet.down_blocks.0.lora_A.weight", "is a LoRA"), ("lora_unet_mid.alpha", "is a LoRA"),
+                        ("conditioner.embedders.1.model.ln_final.weight", "is of Stable Diffusion XL"),
+                        (unet + "joint_blocks.0.x_block.mlp.fc1.weight", "is of Stable Diffusion 3")):
+        message = refused(**{name: torch.ones(1)})
+        assert words in message and "needed a whole checkpoint of Stable Diffusion 1 or 2" in message
     message = refused(**{unet + "out.2.bias": torch.ones(3), unet + "out.0.bias": None, unet + "x": torch.ones(1)})
     for words in ("out.2.bias is (3,) instead of (4,)", "missing keys: 1 (out.0.bias)", "unknown keys: 1 (x)"):
         assert words in message
@@ -131,6 +136,12 @@ def test_folders_of_the_wrong_kind(tmp_path, saved):
     assert "no vae/" in spoilt(lambda: shutil.rmtree(folder / "vae"))
     assert "no weights" in spoilt(lambda: (folder / "unet/diffusion_pytorch_model.safetensors").unlink())
     assert "not JSON" in spoilt(lambda: (folder / "unet/config.json").write_text("{"))
+    assert "two text encoders, as Stable Diffusion XL" in spoilt(lambda: (folder / "text_encoder_2").mkdir())
+    for names in ([], None, {}, {"a": 1}):
+        def spoil_index(weights=folder / "unet/diffusion_pytorch_model.safetensors", names=names):
+            weights.unlink()
+            weights.with_name(f"{weights.name}.index.json").write_text(json.dumps({"weight_map": names}))
+        assert "needed a weight_map" in spoilt(spoil_index)
     assert "norm_eps must be 1e-05, got 0.001" in spoilt(lambda: edit("unet/config.json", norm_eps=1e-3))
     for heads in (0, [0, 0], "8", None):
         assert "must be positive integers" in spoilt(lambda: edit("unet/config.json", attention_head_dim=heads, num_attention_heads=None))

@@ -355,6 +355,7 @@ def test_bad_pictures(refused, tmp_path):
     (["--cfg-text", "3", "5"], "--grid"), (["--grid", "--num-images", "2"], "got 2"), (["--num-images", "0"], "got 0"),
     (["--batch-size", "0"], "got 0"), (["--size", "0"], "got 0"), (["--seed", "-1"], "got -1"), (["--seed", str(2 ** 64)], "got 1844"),
     (["--sampler", "heun"], "euler-ancestral"), (["--dtype", "int8"], "bf16"), (["--nonsense"], "--nonsense"),
+    (["--image", ""], "needed a path, got nothing"), (["--output", ""], "needed a path"),
     (["--device", "toaster"], "--device toaster"), (["--device", "meta"], "--device meta"),
 ])
 def test_bad_settings(refused, flags, words):
@@ -401,6 +402,16 @@ def test_bad_outputs_are_found_before_the_model_is_opened(refused, tmp_path):
         line = refused("--output", output, "--model", "missing.safetensors", *flags)
         assert str(output) in line and words in line
     assert Image.open(tmp_path / "fox.png").size == (48, 32)
+
+
+def test_names_as_long_as_the_system_takes_and_pictures_larger_than_a_format(cli, refused, tmp_path):
+    for name in ("a" * 251 + ".png", "語" * 83 + ".png"):                         # of 255 and 253 bytes; 255 may be written
+        assert cli("--output", tmp_path / name).code == 0 and Image.open(tmp_path / name).size == (48, 32)
+    colors(16390, 1100).save(tmp_path / "fox.png")
+    wide = tmp_path / "wide.webp"
+    line = refused("--image", tmp_path / "fox.png", "--output", wide, "--model", "missing.safetensors")
+    assert str(wide) in line and "sides of up to 16383 pixels, and the result has 16390" in line
+    assert cli("--output", wide, "--keep-model-size").code == 0 and Image.open(wide).size == (32, 8)
 
 
 def test_nothing_half_written_is_left(cli, monkeypatch):
