@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ip2p.command_line import PARAMETERIZATION, SEEDS, Parser, exit_status, named_path, within
+from ip2p.command_line import DEVICE, PARAMETERIZATION, SEEDS, WEIGHTS, Parser, exit_status, named_path, within
 from ip2p.data import (find_pictures, keep_pictures, list_seeds, prompt_texts, read_json, read_jsonl, write_file, write_rows,
                        write_sheet)
 from ip2p.distributed import DTYPES, choose_device, locked
@@ -34,7 +34,6 @@ from ip2p.images import open_image, to_images, to_pixels
 from ip2p.prompt_to_prompt import CONTROLS
 from ip2p.stages import is_miniature
 
-WEIGHTS = Path(__file__).resolve().parent / "weights"
 PAPER = dict(clip="ViT-L-14:openai", control="self-attention", steps=100, n_samples=100)
 MINIATURE = dict(clip=str(WEIGHTS / "mini-clip.safetensors"), control="local-blend", steps=20, n_samples=8)
 SHOWN = 24                                                     # the first prompts keep all pictures, for the sheet
@@ -204,18 +203,10 @@ def begin_or_continue(args, limits, model):
     path = args.out / "settings.json"
     if not path.exists():
         write_file(path, json.dumps(new, indent=1), args.scratch)
-    old = {"weights": new["weights"]} | read_settings(path)                    # sets made before this was stored lack it
+    old = read_json(path)
     if changed := [f"{k} was {old.get(k)}, now {new.get(k)}" for k in old | new if old.get(k) != new.get(k)]:
         raise ValueError(f"{args.out} was begun with other settings ({'; '.join(changed)}): repeat its command, change the "
                          f"filter with --filter-only, or give another --out")
-
-
-def read_settings(path):
-    """settings.json of a set, or {} if it has none, as the published ones."""
-    settings = read_json(path) if path.exists() else {}
-    if settings:
-        settings.setdefault("miniature", settings.get("model") == "mini-sd.safetensors")          # sets made before this was stored
-    return settings
 
 
 def filter_settings(args, limits):
@@ -290,7 +281,7 @@ def filter_pairs(args):
     """Apply thresholds to what was drawn before. It is scored first if it has no scores, or if a --clip was given."""
     from ip2p.clip_filter import SCORES, ClipSimilarity
     path = args.out / "settings.json"
-    settings = read_settings(path)
+    settings = read_json(path) if path.exists() else {}              # the published set has none
     told = settings.get("filter") or {}
     rescore = args.clip is not None or told.get("scoring", False)    # or that was begun before, and not ended
     if args.clip is None:                                            # that of the scores that are there
@@ -437,7 +428,7 @@ def parse(argv=None):
          help="do every N-th prompt from the I-th, counted from 0, beside others in the same OUT (default: torchrun's rank)")
     flag("--seed", type=SEEDS, default=0, help="of edits, noise and settings (default: %(default)s)")
     flag("--batch-size", type=within(int, 1, 10000), default=8, help="pairs drawn at a time (default: %(default)s)")
-    flag("--device", help="such as cpu, cuda or cuda:1 (default: cuda if there is one, else cpu)")
+    flag("--device", **DEVICE)
     flag("--dtype", choices=DTYPES, help="of weights and arithmetic (default: on cuda bf16, or fp16 before Ampere; else fp32)")
     args = p.parse_args(argv)
     if sum((args.edits_only, args.pairs_only, args.filter_only, args.calibrate, args.check is not None)) > 1:

@@ -17,9 +17,8 @@ from contextlib import contextmanager, nullcontext
 from itertools import chain, count, islice, product
 from pathlib import Path
 
-from ip2p.command_line import PARAMETERIZATION, SEEDS, Parser, complaint, exit_status, named_path, within
+from ip2p.command_line import DEVICE, PARAMETERIZATION, SEEDS, WEIGHTS, Parser, complaint, exit_status, named_path, within
 
-WEIGHTS = Path(__file__).resolve().parent / "weights"
 EDITOR = WEIGHTS / "mini-ip2p-fast.safetensors", "path/to/instruct-pix2pix-00-22000.safetensors or --model timbrooks/instruct-pix2pix"
 BASE = WEIGHTS / "mini-sd.safetensors", "path/to/v1-5-pruned-emaonly.safetensors"
 METHODS = {"ip2p": EDITOR, "sdedit": BASE, "p2p": BASE, "null-text": BASE}            # the model of each, and the public one
@@ -276,7 +275,7 @@ def parse(argv=None):
     flag("--grid", action="store_true", help="a labelled sheet of each picture and instruction: --cfg-text and --cfg-image "
          "may be several scales, all of which are combined (default: off)")
     flag("--batch-size", type=within(int, 1, 10000), default=8, help="results made at a time (default: %(default)s)")
-    flag("--device", help="such as cpu, cuda or cuda:1 (default: cuda if there is one, else cpu)")
+    flag("--device", **DEVICE)
     flag("--dtype", choices=("fp32", "fp16", "bf16"),
          help="of weights and arithmetic (default: on cuda bf16, or fp16 before Ampere; else fp32)")
     flag("--low-memory", action="store_true", help="the model's parts on the device in turn, the autoencoder in strips, guidance "

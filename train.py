@@ -27,7 +27,7 @@ from torch import nn
 
 from ip2p import InstructPix2Pix, distributed
 from ip2p.checkpoint import load_checkpoint, round_as_stored, save_checkpoint
-from ip2p.command_line import PARAMETERIZATION, SEEDS, Parser, exit_status, named_path
+from ip2p.command_line import DEVICE, PARAMETERIZATION, SEEDS, WEIGHTS, Parser, exit_status, named_path
 from ip2p.distill import train_distill
 from ip2p.features import CachedPairs, hash_weights
 from ip2p.guidance import dropout_masks
@@ -41,7 +41,6 @@ from ip2p.tensorfiles import read_state_dict, small_dtype
 from ip2p.training import seeded
 from ip2p.world import SIZE, World
 
-WEIGHTS = Path(__file__).resolve().parent / "weights"
 
 
 # ---- the editor
@@ -173,8 +172,7 @@ EDITORS = "ip2p.safetensors", RESULTS["edit"]              # an editor made of S
 
 def main(args):
     """One stage. Returns its record; None in processes other than the first."""
-    args.device = distributed.own_device(args.device)
-    distributed.check_device(args.device)
+    args.device = distributed.usable_device(args.device)
     base = open_base(args) if args.stage in FROM_A_MODEL else None
     if not base and args.data not in (None, "world"):
         raise ValueError(f"--stage {args.stage} learns from the toy world, not from --data {args.data}")
@@ -224,7 +222,7 @@ def open_base(args):
         if base.unet.config.in_channels != base.vae.config.z_channels:
             raise ValueError(f"--base {args.base}: no text-to-image model, its UNet takes {base.unet.config.in_channels} "
                              f"channels; to go on from an editor, give it as --init")
-        base = load_checkpoint(args.base, in_channels=2 * base.vae.config.z_channels, parameterization=args.parameterization)
+        base.unet.widen(2 * base.vae.config.z_channels)
     small = is_miniature(base.metadata)
     args.preset = args.preset or ("miniature" if small else "paper")
     if not (args.data or small):
@@ -384,14 +382,13 @@ def parse(argv=None):
     flag("--timesteps", choices=("uniform", "logit-normal"), help="base, edit: how they are drawn; logit-normal: until the "
          f"second half of the cool-down {own}")
     flag("--score-examples", type=int, default=512, help="held-out examples that the result is scored on; edit: pictures "
-         "are drawn in full for a sixth of as many (default: %(default)s)")
+         "are drawn in full for a fifth of as many (default: %(default)s)")
     flag("--cfg-text", type=float, help=f"text guidance of sheets and scores, kept as the model's own default {own}")
     flag("--cfg-image", type=float, help=f"likewise for image guidance {own}")
     flag("--sheet-minutes", type=float, default=10.0, help="minutes between sample sheets (default: %(default)s)")
     flag("--save-minutes", type=float, help=f"minutes between checkpoints {own}")
     flag("--keep", type=int, default=2, help="how many checkpoints (default: %(default)s)")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="such as cpu, cuda or cuda:1 "
-         "(default: cuda if there is one, else cpu)")
+    flag("--device", **DEVICE)
 
     editor = parser.add_argument_group("the editor")
     flag = editor.add_argument

@@ -29,10 +29,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .bench_programs import (WEIGHTS, draw_by_diffusers, draw_by_ip2p, edit_by_diffusers, edit_by_ip2p, export,
+from .bench_programs import (draw_by_diffusers, draw_by_ip2p, edit_by_diffusers, edit_by_ip2p, export,
                              multiply_as_much, train_by_diffusers, train_by_ip2p)
-from .command_line import Parser, exit_status
-from .distributed import DTYPES, check_device
+from .command_line import DEVICE, WEIGHTS, Parser, exit_status
+from .distributed import DTYPES, usable_device
 from .sides import Side, side_by_side, take_turns
 from .tables import decimal, print_table
 
@@ -257,8 +257,7 @@ def main(argv=None):
     flag("--low-memory", action="store_true", help="edit: with as little memory as sample.py --low-memory too (default: off)")
     flag("--compile", action="store_true", help="edit: with torch.compile too; train: with it only (default: off)")
     flag("--repeats", type=int, default=7, help="calls of each that count, after one that does not (default: %(default)s)")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-         help="such as cpu, cuda or cuda:1 (default: cuda if there is one, else cpu)")
+    flag("--device", **DEVICE)
     flag("--dtype", choices=DTYPES, default="fp32",
          help="of weights and arithmetic; train: of the arithmetic, on float32 weights (default: %(default)s)")
     args = p.parse_args(argv)
@@ -270,7 +269,7 @@ def main(argv=None):
     args.batch_size, args.steps = args.batch_size or batch_size, args.steps or steps
 
     def command():
-        check_device(args.device)
+        args.device = usable_device(args.device)
         try:
             bench(args)
         except ImportError as error:

@@ -6,7 +6,6 @@ train_instruct_pix2pix.py does between two batches of its loader.
 """
 from functools import lru_cache, partial
 from itertools import count
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .checkpoint import Parts, load_checkpoint
 from .clip_filter import import_open_clip
-from .command_line import keep_freed_memory
+from .command_line import WEIGHTS, keep_freed_memory
 from .distributed import DTYPES
 from .guidance import dropout_masks
 from .pipeline import InstructPix2Pix
@@ -28,7 +27,6 @@ from .training import EMA, make_optimizers, seeded
 from .unet import UNet, UNetConfig
 from .vae import AutoencoderKL
 
-WEIGHTS = Path(__file__).parent.parent / "weights"
 CFG_TEXT = 3.0                                                     # of pairs
 
 
@@ -111,7 +109,7 @@ def count_operations(model, pictures, size, steps, cfg_text, cfg_image):
         image_latents = model.encode(torch.empty(pictures, 3, size, size, device="meta"))
         z = model.edit_latents(image_latents, ["make it night"] * pictures, cfg_text, cfg_image, steps=steps,
                                seeds=range(pictures))
-        model.decode(z)
+        model.vae.decode(z)
     return counter.get_total_flops()
 
 

@@ -12,9 +12,8 @@ def check_dataset(path) -> list[str]:
     path = Path(path)
     if (path / "seeds.json").exists() or any(path.glob("*/prompt.json")) or any(path.glob("*/*_0.jpg")):
         return _check_published(path)
-    problems, seen = [], set()
+    problems, pairs, seen = [], [], set()
     if not list_tables(path) and len(lists := [path] if path.suffix == ".jsonl" else sorted(path.glob("*.jsonl"))) == 1:
-        pairs = []
         for n, row in read_jsonl(lists[0], problems):
             with _noting(problems):
                 pairs.append(listed_row(row, f"{lists[0]}:{n}", lists[0].parent))
@@ -24,7 +23,6 @@ def check_dataset(path) -> list[str]:
         if not (pairs or problems):
             problems.append(f"{lists[0]}: a data set without pairs")
     else:
-        pairs = []
         with _noting(problems):
             found = find_pairs(path)
             pairs = [pair for i in range(len(found)) for pair in found[i]]

@@ -9,7 +9,7 @@ import json
 import re
 import sys
 import zlib
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import torch
 
 from . import keys
 from .diffusers_folder import FOLDER, PREDICTION, read_folder, read_vae, write_folder
-from .tensorfiles import cast, read_state_dict, replacing, round_weights, write_safetensors
+from .tensorfiles import cast, read_state_dict, replacing, round_weights, write_safetensors, write_state_dict
 from .text import TextConfig, TextEncoder
 from .unet import UNet, UNetConfig
 from .vae import AutoencoderKL, VAEConfig
@@ -50,19 +50,19 @@ class Found:
     """What was read, before models are built of it; the dicts by part, "unet", "vae" and "text"."""
     tensors: dict[str, keys.Tensors]          # under our names
     known: dict[str, dict]                    # fields of configurations that were told, not read from tensors
-    record: dict = field(default_factory=dict)
-    parameterization: str | None = None
-    image_size: int | None = None
+    record: dict
+    parameterization: str | None
+    image_size: int | None
 
 
 # ---- in ----
 
-def load_checkpoint(path, *, device=None, dtype=None, vae=None, in_channels=None, parameterization=None) -> Parts:
+def load_checkpoint(path, *, device=None, dtype=None, vae=None, parameterization=None) -> Parts:
     """Opens a checkpoint: a file, a diffusers folder, or a Hugging Face id "name/model".
 
     device: where to put the models (None leaves them on the CPU, memory-mapped); dtype: None for float32.
-    vae: a file or folder whose VAE is used instead of the checkpoint's. in_channels: widen the UNet's input to this many
-    channels; the new ones start at zero. parameterization: "eps" or "v", where the file does not say or is wrong.
+    vae: a file or folder whose VAE is used instead of the checkpoint's. parameterization: "eps" or "v", where the file does
+    not say or is wrong.
     Raises ValueError, one line naming the file, for anything that is not a complete checkpoint.
     """
     if parameterization not in (None, *PREDICTION):
@@ -75,7 +75,7 @@ def load_checkpoint(path, *, device=None, dtype=None, vae=None, in_channels=None
         if not found.tensors.get(part):
             raise ValueError(f"{local}: holds no {NAMES[part]}" + ("; name one with `vae`" if part == "vae" else ""))
     where = {"unet": local, "vae": vae or local, "text": local}
-    unet, vae, text = (_build(part, found.tensors[part], found.known[part], where[part], device, dtype, in_channels)
+    unet, vae, text = (_build(part, found.tensors[part], found.known[part], where[part], device, dtype)
                        for part in MODELS)
 
     if text.config.width != unet.config.context_dim:
@@ -218,19 +218,12 @@ def _read_vae(path):
     return keys.vae_from_diffusers(tensors), record.get("vae", {})
 
 
-def _build(part, tensors, known, path, device, dtype, in_channels=None):
+def _build(part, tensors, known, path, device=None, dtype=None):
     """A model of the tensors, which are used in place where device and dtype allow."""
     model_class, config_class = MODELS[part]
     what = NAMES[part]
     try:
         config = keys.config_from(config_class, tensors, known)
-        if part == "unet" and in_channels is not None and in_channels != config.in_channels:
-            weight = tensors["input_blocks.0.0.weight"]
-            if in_channels < config.in_channels:
-                raise ValueError(f"has {config.in_channels} input channels, which cannot be narrowed to {in_channels}")
-            new = weight.new_zeros(weight.shape[0], in_channels - config.in_channels, *weight.shape[2:])
-            tensors = tensors | {"input_blocks.0.0.weight": torch.cat([weight, new], dim=1)}
-            config = replace(config, in_channels=in_channels)
         with torch.device("meta"):                       # names and shapes only: no memory, no random numbers
             model = model_class(config)
     except KeyError as error:
@@ -254,11 +247,11 @@ def _build(part, tensors, known, path, device, dtype, in_channels=None):
     return model.eval().requires_grad_(False)
 
 
-def load_vae(path, device=None, dtype=None) -> AutoencoderKL:
-    """Opens an autoencoder alone: from a file of its own, a checkpoint, or a diffusers folder. Arguments and errors as for
+def load_vae(path) -> AutoencoderKL:
+    """Opens an autoencoder alone, on the CPU: from a file of its own, a checkpoint, or a diffusers folder. Errors as for
     `load_checkpoint`."""
     local = _locate(path)
-    return _build("vae", *_read_vae(local), local, device, dtype)
+    return _build("vae", *_read_vae(local), local)
 
 
 # ---- out ----
@@ -266,8 +259,7 @@ def load_vae(path, device=None, dtype=None) -> AutoencoderKL:
 def save_vae(vae: AutoencoderKL, path, metadata=None):
     """Writes an autoencoder alone, as safetensors, under its names without prefix."""
     record = {**(metadata or {}), "vae": asdict(vae.config)}
-    with replacing(path) as temporary:
-        write_safetensors(temporary, vae.state_dict(), {"ip2p": json.dumps(record)})
+    write_state_dict(path, vae.state_dict(), record)
 
 
 def save_checkpoint(parts: Parts, path, layout="ldm", metadata=None, shared=None, dtype=None):

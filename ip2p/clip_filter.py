@@ -4,7 +4,6 @@ Of a pair drawn from a caption and an edited caption it takes four cosines of CL
 caption, of the change of the picture with the change of the caption (Gal et al., arXiv:2108.00946), and of the two
 pictures. The published thresholds are for OpenAI's ViT-L/14; `calibrate` finds those of another CLIP.
 """
-import json
 import logging
 import warnings
 import zipfile
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tensorfiles import read_state_dict, replacing, small_dtype, write_safetensors
+from .tensorfiles import read_state_dict, small_dtype, write_state_dict
 from .text import TextConfig, Tokenizer
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)     # OpenAI's, of pixels in [0, 1]
@@ -58,9 +57,7 @@ def build_clip(config: dict) -> torch.nn.Module:
 
 def save_clip(clip, config: dict, path, record: dict):
     """Write a CLIP as safetensors of `small_dtype`, with its configuration and training record in the metadata."""
-    tensors = {name: tensor.to(small_dtype(name, tensor)) for name, tensor in clip.state_dict().items()}
-    with replacing(path) as temporary:
-        write_safetensors(temporary, tensors, {"ip2p": json.dumps({"clip": config, **record})})
+    write_state_dict(path, clip.state_dict(), {"clip": config, **record}, small_dtype)
 
 
 def load_clip(path, device=None) -> tuple[torch.nn.Module, dict]:
@@ -182,7 +179,7 @@ def keep(rows: list[dict], thresholds: Thresholds, most: int) -> list[dict]:
     return sorted(filter(thresholds.passed_by, rows), key=lambda row: -row["clip_sim_dir"])[:most]
 
 
-def calibrate(similarity: ClipSimilarity, world, count: int = 512, seed: int = 0) -> tuple[Thresholds, str]:
+def calibrate(similarity: ClipSimilarity, world, count: int = 512) -> tuple[Thresholds, str]:
     """Thresholds for a CLIP of the miniature world, from pairs known to be right or wrong, and a table that explains them.
 
     Right are the world's true edits, `count` of them, with held-out scenes. Wrong are the same with another result: the
@@ -192,7 +189,7 @@ def calibrate(similarity: ClipSimilarity, world, count: int = 512, seed: int = 0
     """
     groups = {"right": [], "nothing edited": [], "opposite edit": [], "another scene": []}
     for start in range(0, count, 64):
-        before, after, edits = world.pairs(seed, start, min(64, count - start), "combinations")
+        before, after, edits = world.pairs(0, start, min(64, count - start), "combinations")
         mirrored = world.render([replace(e.source, flip=not e.source.flip) for e in edits])
         texts = [e.caption for e in edits], [e.edited_caption for e in edits]
         pairs = (before, after), (before, mirrored), (after, before), (before, after.roll(1, 0))
@@ -218,5 +215,4 @@ def calibrate(similarity: ClipSimilarity, world, count: int = 512, seed: int = 0
 def store_thresholds(path, thresholds: Thresholds):
     """Write thresholds into the metadata of a CLIP file of this project; its tensors stay as they are."""
     tensors, record = read_state_dict(path)
-    with replacing(path) as temporary:
-        write_safetensors(temporary, tensors, {"ip2p": json.dumps(record | {"thresholds": asdict(thresholds)})})
+    write_state_dict(path, tensors, record | {"thresholds": asdict(thresholds)})

@@ -8,6 +8,9 @@ from typing import Callable
 PARAMETERIZATION = dict(choices=("eps", "v"), help="what the UNet of the model given predicts, where its file does not say or "
                         "is wrong (default: what the file says, else a guess)")          # a flag of all three scripts
 
+DEVICE = dict(help="such as cpu, cuda or cuda:1 (default: cuda if there is one, else cpu)")        # likewise
+WEIGHTS = Path(__file__).resolve().parent.parent / "weights"                          # the shipped miniature's
+
 NO_COMPILER = ("InvalidCxxCompiler", "Failed to find C compiler", "TritonMissing", "Cannot find a working triton",
                "GPUTooOldForTriton")                                                     # as torch.compile says it
 

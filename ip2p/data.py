@@ -323,13 +323,13 @@ def direction(row: dict) -> float:
     return score if isinstance(score, (int, float)) else 0.0
 
 
-def write_sheet(out: Path, scratch: Path, most: tuple[int, int] = (40, 24)):
-    """out/sheet.png: for each of the first prompts the best pair that was kept, then the worst that was not."""
+def write_sheet(out: Path, scratch: Path):
+    """out/sheet.png: of each of the first prompts the best pair that was kept, up to 40, then the worst that was not, up to 24."""
     cells = [], []
     for file in islice(sorted(out.glob("*/samples.jsonl")), 200):
         folder, (caption, edit, _) = file.parent, prompt_texts(read_json(file.parent / "prompt.json"), file.parent)
         rows = sorted((row for _, row in read_jsonl(file) if "seed" in row), key=direction, reverse=True)
-        for cell, place, most_here in zip(cells, (folder, folder / "rest"), most):
+        for cell, place, most_here in zip(cells, (folder, folder / "rest"), (40, 24)):
             ranked = rows if place == folder else rows[::-1]
             found = next((row for row in ranked if [p.parent for p in find_pictures(folder, row)] == [place, place]), None)
             if found and len(cell) < 2 * most_here:

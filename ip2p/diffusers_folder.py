@@ -7,10 +7,11 @@ import json
 from pathlib import Path
 
 from . import keys
+from .schedule import BETA_END, BETA_START, NUM_TRAIN_TIMESTEPS
 from .tensorfiles import read_state_dict, write_safetensors
 from .text import Tokenizer
 
-SCHEDULE = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+SCHEDULE = dict(num_train_timesteps=NUM_TRAIN_TIMESTEPS, beta_start=BETA_START, beta_end=BETA_END, beta_schedule="scaled_linear")
 PREDICTION = {"eps": "epsilon", "v": "v_prediction"}
 FOLDER = {"model_index.json", "ip2p.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler"}      # what is written
 

@@ -13,25 +13,24 @@ from torch import Tensor
 DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 
 
-def check_device(device: str):
-    """ValueError unless torch can use the device."""
+def usable_device(device: str | None) -> str:
+    """The device, if None a GPU where there is one, else the CPU; of "cuda" the GPU that is this process's own, should torchrun
+    have started several. ValueError unless torch can use it."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
         usable = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         reason = re.split(r"[.\n]", str(error))[0]
         raise ValueError(f"--device {device} cannot be used here ({reason}); there is {', '.join(usable)}") from None
-
-
-def own_device(device: str) -> str:
-    """Of "cuda" the GPU that is this process's own, should torchrun have started several; else the device."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+    return device
 
 
 def choose_device(device: str | None, dtype: str | None):
     """Names of the device and dtype, by default of what exists, and torch's dtype. ValueError if there is no such device."""
-    device = own_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    check_device(device)
+    device = usable_device(device)
     if not dtype and device.startswith("cuda"):
         with torch.cuda.device(device):                                 # GPUs before Ampere imitate bf16, slowly
             dtype = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"

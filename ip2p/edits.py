@@ -105,8 +105,7 @@ class EditWriter:
             raise ValueError(f"{path} has {model.config.vocab_size} tokens, its encoding {encoding.n_vocab}")
         return cls(model, encoding, record)
 
-    def complete(self, caption: str, seed: int, *, temperature: float = 0.7, top_p: float = 1.0,
-                 frequency_penalty: float = 0.1, max_tokens: int = 256) -> str:
+    def complete(self, caption: str, seed: int, temperature: float = 0.7) -> str:
         """The model's text for a caption, "" if the caption fills the context. The caption itself is part of the seed: its
         edit depends on no other caption."""
         digest = hashlib.blake2b(f"{seed}\n{caption}".encode(), digest_size=8).digest()
@@ -115,12 +114,11 @@ class EditWriter:
         if len(prompt) >= self.model.config.context_length:
             return ""
         done = lambda tokens: STOP in self.encoding.decode(tokens[-len(STOP):])
-        return self.encoding.decode(generate(self.model, prompt, max_tokens, stop=done, temperature=temperature, top_p=top_p,
-                                             frequency_penalty=frequency_penalty, generator=generator))
+        return self.encoding.decode(generate(self.model, prompt, 256, stop=done, temperature=temperature, generator=generator))
 
-    def write(self, caption: str, seed: int, **sampling) -> tuple[str, str] | None:
-        """(instruction, edited caption), or None if what the model wrote is no edit; sampling: as for `complete`."""
-        return parse_completion(caption, self.complete(caption, seed, **sampling))
+    def write(self, caption: str, seed: int) -> tuple[str, str] | None:
+        """(instruction, edited caption), or None if what the model wrote is no edit."""
+        return parse_completion(caption, self.complete(caption, seed))
 
 
 def read_captions(path: str | Path) -> Iterator[tuple[str, str | None]]:
@@ -143,26 +141,25 @@ def read_captions(path: str | Path) -> Iterator[tuple[str, str | None]]:
         raise ValueError(f"{path}: cannot be read as {path.suffix[1:] or 'text'} in UTF-8 ({error})") from None
 
 
-def world_captions(world: World, seed: int = 0, split: str = "train") -> Iterator[tuple[str, None]]:
+def world_captions(world: World, seed: int = 0) -> Iterator[tuple[str, None]]:
     """The miniature world's captions, without end."""
-    return ((world.caption(seed, i, split)[1], None) for i in count_from())
+    return ((world.caption(seed, i)[1], None) for i in count_from())
 
 
 def generate_edits(writer: EditWriter, captions: Iterable[tuple[str, str | None]], path: str | Path, *, seed: int = 0,
-                   count: int | None = None, admit: Callable[[str], bool] | None = None, **sampling) -> dict:
+                   count: int | None = None, admit: Callable[[str], bool] | None = None) -> dict:
     """Append an edit for each caption to a jsonl file {"caption", "edit", "output", "url"}, until there are `count`.
 
     captions: (caption, url or None); what repeats a caption or a url is passed over. admit: whether an edited caption may be
     kept, any if None. Completions that are no edit, or not admitted, go to `path` with the suffix .rejected.jsonl, so that
     both files together say what was tried: repeated after any kind of end, it goes on, and leaves the files of an
-    uninterrupted run. sampling: as for `EditWriter.complete`. Returns
-    `report`'s dict. Raises ValueError if the files were begun with another seed, model or sampling, or if none of the
-    first 500 completions is an edit.
+    uninterrupted run. Returns `report`'s dict. Raises ValueError if the files were begun with another seed or model, or if
+    none of the first 500 completions is an edit.
     """
     path, rejected = Path(path), rejected_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = hashlib.sha256(b"".join(p.detach().float().cpu().numpy().tobytes() for p in writer.model.parameters()))
-    settings = dict(seed=seed, model=weights.hexdigest()[:16], **sampling)
+    settings = dict(seed=seed, model=weights.hexdigest()[:16])
     if path.exists() and path.stat().st_size and not (rejected.exists() and rejected.stat().st_size):
         raise ValueError(f"{path} holds edits, but {rejected}, which says how they were made, is missing")
     for file in (path, rejected):
@@ -187,7 +184,7 @@ def generate_edits(writer: EditWriter, captions: Iterable[tuple[str, str | None]
                     continue
                 seen |= keys
                 tried += 1
-                completion = writer.complete(caption, seed, **sampling)
+                completion = writer.complete(caption, seed)
                 edit = parse_completion(caption, completion)
                 if edit and (admit is None or admit(edit[1])):
                     row = dict(caption=caption, edit=edit[0], output=edit[1], url=url)
@@ -238,15 +235,15 @@ def edit_kind(caption: str, output: str) -> str:
     return "words exchanged" if gone and new else "words added" if new else "words taken away" if gone else "words moved"
 
 
-def report(path: str | Path, examples: int = 8) -> dict:
+def report(path: str | Path) -> dict:
     """Of a file of edits: how many captions were tried and accepted, the share, distinct instructions, edits by kind (most
-    frequent first), and the first few to read."""
+    frequent first), and the first eight to read."""
     accepted, instructions, kinds, shown = 0, set(), Counter(), []
     for _, row in read_jsonl(path):
         accepted += 1
         instructions |= _keys(plain(row["edit"]), None)
         kinds[edit_kind(row["caption"], row["output"])] += 1
-        if len(shown) < examples:
+        if len(shown) < 8:
             shown.append({key: row[key] for key in ("caption", "edit", "output")})
     tried = accepted + sum("caption" in row for _, row in read_jsonl(rejected_path(path)))
     return dict(tried=tried, accepted=accepted, share=round(accepted / max(tried, 1), 4), instructions=len(instructions),

@@ -15,9 +15,9 @@ import torch
 from tqdm import tqdm
 
 from .clip_filter import ClipSimilarity, Thresholds
-from .command_line import SEEDS, Parser, exit_status, within
+from .command_line import DEVICE, SEEDS, WEIGHTS, Parser, exit_status, within
 from .curve import evaluate_curve
-from .distributed import DTYPES, check_device
+from .distributed import DTYPES, usable_device
 from .images import contact_sheet, save_image, to_images
 from .inversion import invert
 from .pipeline import InstructPix2Pix
@@ -27,7 +27,6 @@ from .tables import decimal, percent, print_table, write_rows
 from .truth import FIXED, evaluate_edits, evaluate_pictures, is_fixed, judge_pair, psnr, through, unchanged
 from .world import World
 
-WEIGHTS = Path(__file__).parent.parent / "weights"
 
 
 # ---- pairs
@@ -119,7 +118,7 @@ def check(args):
                 raise ValueError(f"--{name} {path}: is a folder, needed the name of a file")
             if not os.access(folder, os.W_OK):
                 raise ValueError(f"--{name} {path}: {folder} cannot be written to")
-    check_device(args.device)
+    args.device = usable_device(args.device)
 
 
 def run_command(argv=None):
@@ -148,8 +147,7 @@ def parse(argv=None):
         flag("--batch-size", type=int, default=16, help="pictures made at a time (default: %(default)s)")
         flag("--seed", type=SEEDS, default=0, help="of the examples and the noise (default: %(default)s)")
         flag("--json", type=Path, help="a file for the rows, as jsonl (default: none)")
-        flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-             help="such as cpu, cuda or cuda:1 (default: cuda if there is one, else cpu)")
+        flag("--device", **DEVICE)
         flag("--dtype", choices=DTYPES, default="fp32", help="of the models; bf16 is faster (default: %(default)s)")
         return flag
 

@@ -2,7 +2,6 @@
 
 Submodules carry the names in the public checkpoints, whose matrices are (in, out).
 """
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Callable
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .tensorfiles import cast, read_state_dict, replacing, write_safetensors
+from .tensorfiles import read_state_dict, write_state_dict
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ def pick(logits: Tensor, temperature: float, top_p: float, generator: torch.Gene
     return int(order[torch.multinomial(probs, 1, generator=generator)])
 
 
-def load_gpt(path: str | Path, device=None, dtype=None) -> tuple[GPT, dict]:
+def load_gpt(path: str | Path, device=None) -> tuple[GPT, dict]:
     """A GPT-2 from a file (.safetensors or .bin; names with or without `transformer.`), and the file's record.
 
     Sizes are read from the tensors; heads are 64 wide, as in all four public models, unless the record says otherwise.
@@ -170,13 +169,11 @@ def load_gpt(path: str | Path, device=None, dtype=None) -> tuple[GPT, dict]:
     wrong = sorted(wanted.keys() ^ tensors.keys()) or [name for name in wanted if wanted[name] != tensors[name].shape]
     if wrong:
         raise ValueError(f"{path}: missing, unknown or misshapen keys: {len(wrong)} ({', '.join(wrong[:3])}...)")
-    model.load_state_dict({n: t.to(device=device, dtype=dtype or torch.float32) for n, t in tensors.items()}, assign=True)
+    model.load_state_dict({n: t.to(device=device, dtype=torch.float32) for n, t in tensors.items()}, assign=True)
     return model.eval().requires_grad_(False), record
 
 
 def save_gpt(model: GPT, path: str | Path, record: dict, dtype=None):
     """Write a GPT-2 as safetensors under the public names, with its record and sizes in the metadata. dtype: see
     `cast`."""
-    tensors = {name: cast(name, t, dtype) for name, t in model.state_dict().items()}
-    with replacing(path) as temporary:
-        write_safetensors(temporary, tensors, {"ip2p": json.dumps({**record, "gpt": asdict(model.config)})})
+    write_state_dict(path, model.state_dict(), {**record, "gpt": asdict(model.config)}, dtype)

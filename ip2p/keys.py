@@ -217,7 +217,5 @@ def config_from(cls: type[UNetConfig] | type[VAEConfig] | type[TextConfig], tens
         raise ValueError(f"unknown {cls.__name__} fields: {', '.join(unknown)}")
     if fields - set(known):
         sizes = {UNetConfig: unet_sizes, VAEConfig: vae_sizes, TextConfig: text_sizes}[cls](tensors)
-        if known.get("num_heads") and "head_channels" not in known:
-            known = {**known, "head_channels": None}
         known = {**sizes, **known}
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})

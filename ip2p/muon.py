@@ -27,8 +27,8 @@ class Muon(torch.optim.Optimizer):
     params: tensors of two or more dimensions; a convolution counts as a matrix of (out, in * height * width).
     """
 
-    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.0):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+    def __init__(self, params, lr=0.02, momentum=0.95):
+        super().__init__(params, dict(lr=lr, momentum=momentum))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -46,4 +46,4 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), pairs in by_shape.items():
                 size = group["lr"] * max(1, rows / columns) ** 0.5
                 for (p, _), update in zip(pairs, orthogonalize(torch.stack([u for _, u in pairs]))):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.view_as(p), alpha=-size)
+                    p.add_(update.view_as(p), alpha=-size)

@@ -38,19 +38,17 @@ class InstructPix2Pix:
         self.alphas_cumprod = make_alphas_cumprod().to(self.device)
 
     @classmethod
-    def load(cls, path_or_repo_id, device=None, dtype=None, vae=None, *, in_channels=None, parameterization=None,
-             low_memory=False):
+    def load(cls, path_or_repo_id, device=None, dtype=None, vae=None, *, parameterization=None, low_memory=False):
         """Open a checkpoint: a .safetensors or .ckpt file, a diffusers folder, or the id of one on the hub.
 
         device, dtype: where the weights go and as what; CPU and float32 if not given. vae: a separate autoencoder file.
-        in_channels: 8 opens a text-to-image checkpoint widened for editing, its new weights zero.
         parameterization: "eps" or "v", what the UNet predicts; read or guessed if not given.
         low_memory: the parts stay on the CPU and visit the device in turn; the autoencoder works in strips of rows, and the
         guidance branches of an edit run one after another. Slower; the results are the same up to rounding.
         Raises ValueError, in one line, for what is missing, damaged or not such a model.
         """
         parts = load_checkpoint(path_or_repo_id, device=None if low_memory else device, dtype=dtype, vae=vae,
-                                in_channels=in_channels, parameterization=parameterization)
+                                parameterization=parameterization)
         model = cls(parts, device, low_memory)
         if model.device.type == "cuda":                        # the order that its convolutions compute in
             for part in (model.unet, model.vae):
@@ -192,15 +190,10 @@ class InstructPix2Pix:
         self.check_makes_pictures()
         check_settings(steps, sampler, num_images, cfg_text=cfg_text, eta=eta)
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        size = self.parts.image_size if size is None else size
-        width, height = size if isinstance(size, Sequence) else (size, size)
-        if min(width, height) < 1 or width % self.size_multiple or height % self.size_multiple:
-            raise ValueError(f"width and height must be multiples of {self.size_multiple}, got {width}x{height}")
         texts = [p for p in prompts for _ in range(num_images)]
+        shape = self.latent_shape(len(texts), size)
         if not texts:
             return []
-        f = self.vae.config.downsampling
-        shape = (len(texts), self.vae.config.z_channels, height // f, width // f)
         z = self.text_to_latents(texts, self.encode_text([negative_prompt]), cfg_text, shape, steps=steps, sampler=sampler,
                                  seeds=_seeds(seed, num_images, len(texts)), x_T=x_T, eta=eta, control=control, progress=progress)
         return to_images(self.decode(z))
@@ -216,17 +209,13 @@ class InstructPix2Pix:
         Returns pixels of either, (B, 3, size, size) float32 in [-1, 1] on the CPU.
         """
         self.check_makes_pictures()
-        size = self.parts.image_size if size is None else size
-        if size < 1 or size % self.size_multiple:
-            raise ValueError(f"the pictures' side must be a multiple of {self.size_multiple}, got {size}")
         B, texts = len(captions), [*captions, *edited_captions]
         if any(len(x) != B for x in (edited_captions, seeds, shares, cfg_text)):
             raise ValueError(f"{B} captions need as many edited captions, seeds, shares and guidance scales")
         check_settings(steps, sampler, 1)
         control = control_pairs(self.tokenizer, captions, edited_captions, shares, steps, control)
-        side = size // self.vae.config.downsampling
         z = self.text_to_latents(texts, self.encode_text([""]), torch.tensor(cfg_text, device=self.device).repeat(2),
-                                 (2 * B, self.vae.config.z_channels, side, side), steps=steps, sampler=sampler, seeds=[*seeds] * 2,
+                                 self.latent_shape(2 * B, size), steps=steps, sampler=sampler, seeds=[*seeds] * 2,
                                  x_T=None if x_T is None else x_T.repeat(2, 1, 1, 1), control=control, progress=progress)
         return self.decode(z).float().clamp(-1, 1).cpu().split(B)
 
@@ -271,6 +260,16 @@ class InstructPix2Pix:
             raise ValueError(f"the model computed numbers that are not finite in {str(self.dtype).removeprefix('torch.')}; use "
                              f"bfloat16 (--dtype bf16) or float32 (--dtype fp32)")
         return pixels
+
+    def latent_shape(self, count, size=None):
+        """(count, z, h, w) of pictures' latents. size: the side, or (width, height); the model's own if None. ValueError for
+        sizes that the model cannot take."""
+        size = self.parts.image_size if size is None else size
+        width, height = size if isinstance(size, Sequence) else (size, size)
+        if min(width, height) < 1 or width % self.size_multiple or height % self.size_multiple:
+            raise ValueError(f"width and height must be multiples of {self.size_multiple}, got {width}x{height}")
+        f = self.vae.config.downsampling
+        return count, self.vae.config.z_channels, height // f, width // f
 
     def check_edits(self):
         """ValueError unless this is an editor."""

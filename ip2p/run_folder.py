@@ -59,9 +59,9 @@ def forget_after(folder: Path, step: int):
             temporary.write_text("".join(line for line in rows if json.loads(line)["step"] <= step))
 
 
-def draw_loss(folder: Path, width: int = 640, height: int = 320, margin: int = 40):
+def draw_loss(folder: Path):
     """loss.png: every logged loss, and over them the mean of the 21 around each."""
-    path = folder / "metrics.jsonl"
+    path, width, height, margin = folder / "metrics.jsonl", 640, 320, 40
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     if len(rows) < 2:
         return

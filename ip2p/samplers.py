@@ -13,23 +13,23 @@ from tqdm import tqdm
 from .schedule import NUM_TRAIN_TIMESTEPS, sigmas_at
 
 
-def ddim_timesteps(num_steps: int, num_train_timesteps: int = NUM_TRAIN_TIMESTEPS, spacing: str = "leading") -> Tensor:
-    """Descending int64 timesteps, (num_steps,). Raises ValueError unless 1 <= num_steps <= num_train_timesteps.
+def ddim_timesteps(num_steps: int, spacing: str = "leading") -> Tensor:
+    """Descending int64 timesteps, (num_steps,). Raises ValueError unless 1 <= num_steps <= 1000.
 
     spacing: "leading" for evenly spaced from 1 up, as in the original; "trailing" for evenly spaced from 999 down (Lin et al.
     2023, arXiv:2305.08891), which few steps need: two leading ones would begin at 501. The original takes more steps than
     asked where their number does not divide 1000; here it is always exact. (All 1000 are 999, ..., 0.)"""
-    if not 1 <= num_steps <= num_train_timesteps:
-        raise ValueError(f"the number of steps must be in 1..{num_train_timesteps}, got {num_steps}")
+    if not 1 <= num_steps <= NUM_TRAIN_TIMESTEPS:
+        raise ValueError(f"the number of steps must be in 1..{NUM_TRAIN_TIMESTEPS}, got {num_steps}")
     if spacing == "trailing":
-        return (num_train_timesteps * (1 - torch.arange(num_steps, dtype=torch.float64) / num_steps)).round().long() - 1
-    offset = int(num_steps < num_train_timesteps)
-    return (torch.arange(num_steps) * num_train_timesteps // num_steps + offset).flip(0)
+        return (NUM_TRAIN_TIMESTEPS * (1 - torch.arange(num_steps, dtype=torch.float64) / num_steps)).round().long() - 1
+    offset = int(num_steps < NUM_TRAIN_TIMESTEPS)
+    return (torch.arange(num_steps) * NUM_TRAIN_TIMESTEPS // num_steps + offset).flip(0)
 
 
 def ddim_steps(num_steps: int, alphas_cumprod: Tensor, spacing: str = "leading") -> list[tuple[Tensor, Tensor, Tensor]]:
     """(t, a_t, a_prev) of each step. The last step ends at alphas_cumprod[0], not at 1."""
-    timesteps = ddim_timesteps(num_steps, len(alphas_cumprod), spacing).to(alphas_cumprod.device)
+    timesteps = ddim_timesteps(num_steps, spacing).to(alphas_cumprod.device)
     a_t = alphas_cumprod[timesteps]
     return list(zip(timesteps, a_t, torch.cat([a_t[1:], alphas_cumprod[:1]])))
 

@@ -5,15 +5,15 @@ x_t = sqrt(a_t) x0 + sqrt(1 - a_t) eps, with a_t = `alphas_cumprod[t]` (DDPM's a
 import torch
 from torch import Tensor
 
-NUM_TRAIN_TIMESTEPS = 1000
+NUM_TRAIN_TIMESTEPS, BETA_START, BETA_END = 1000, 0.00085, 0.012
 
 
-def make_alphas_cumprod(beta_start=0.00085, beta_end=0.012, num_timesteps=NUM_TRAIN_TIMESTEPS) -> Tensor:
+def make_alphas_cumprod() -> Tensor:
     """Stable Diffusion's "scaled linear" schedule: betas whose square roots are evenly spaced.
 
-    Returns (num_timesteps,) float32, falling from 0.99915 to 0.0047; computed in float64, as the original does.
+    Returns (1000,) float32, falling from 0.99915 to 0.0047; computed in float64, as the original does.
     """
-    betas = torch.linspace(beta_start ** 0.5, beta_end ** 0.5, num_timesteps, dtype=torch.float64) ** 2
+    betas = torch.linspace(BETA_START ** 0.5, BETA_END ** 0.5, NUM_TRAIN_TIMESTEPS, dtype=torch.float64) ** 2
     return (1 - betas).cumprod(0).float()
 
 

@@ -2,14 +2,13 @@
 place, condition and style. It has learned from the world's drawings alone and knows nothing of CLIP, captions or
 instructions, so it can judge what was made with them (`truth.py`).
 """
-import json
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .tensorfiles import read_state_dict, replacing, write_safetensors
+from .tensorfiles import read_state_dict, write_state_dict
 from .world import COLORLESS, CONDITIONS, SIZES, Scene, World
 from .world_art import blur
 from .world_words import STYLES
@@ -179,14 +178,12 @@ def compare(world: World, reading: Reading, truth: Reading) -> dict[str, list[bo
     return found
 
 
-def score_scorer(scorer: Scorer, world: World, count: int = 512, through=None, seed: int = 0) -> dict[str, float]:
-    """Accuracy by attribute on `count` drawings of the split "combinations". through: what the pictures go through before
-    they are read, such as an autoencoder, (B, 3, 128, 128) to the same."""
+def score_scorer(scorer: Scorer, world: World, count: int = 512, seed: int = 0) -> dict[str, float]:
+    """Accuracy by attribute on `count` drawings of the split "combinations"."""
     found = {}
     for start in range(0, count, 64):
         scenes = [world.scene(seed, i, "combinations") for i in range(start, min(start + 64, count))]
-        pixels = world.render(scenes)
-        for reading, scene in zip(scorer.read(through(pixels) if through else pixels), scenes):
+        for reading, scene in zip(scorer.read(world.render(scenes)), scenes):
             for name, values in compare(world, reading, read_scene(world, scene)).items():
                 found.setdefault(name, []).extend(values)
     return {name: round(sum(values) / max(1, len(values)), 4) for name, values in found.items()}
@@ -197,9 +194,7 @@ def score_scorer(scorer: Scorer, world: World, count: int = 512, through=None, s
 def save_scorer(scorer: Scorer, path, metadata: dict):
     """Write a scorer as float16 safetensors, with its names and what is known of it in the metadata."""
     config = dict(nouns=scorer.nouns, places=scorer.places, colors=scorer.colors[1:])
-    tensors = {name: tensor.half() for name, tensor in scorer.state_dict().items()}
-    with replacing(path) as temporary:
-        write_safetensors(temporary, tensors, {"ip2p": json.dumps({"scorer": config, **metadata})})
+    write_state_dict(path, scorer.state_dict(), {"scorer": config, **metadata}, torch.float16)
 
 
 def load_scorer(path, device=None) -> Scorer:

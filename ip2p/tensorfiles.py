@@ -287,7 +287,7 @@ def replacing(path):
 
 
 def small_dtype(name: str, tensor: Tensor) -> torch.dtype:
-    """How the miniature's numbers are stored: in float16, but in float8 (e4m3: 3 bits of fraction) the matrices in the layers of
+    """How train.py stores the miniature's numbers: in float16, but in float8 (e4m3: 3 bits of fraction) the matrices in the layers of
     CLIP, GPT-2 and text encoders and the UNet's 3 x 3 convolutions, whose rounding their scores do not notice."""
     in_layers = tensor.ndim == 2 and re.search(r"\b(resblocks|h)\.\d+\.", name)
     is_convolution = name.startswith("model.diffusion_model.") and tensor.shape[2:] == (3, 3)
@@ -304,6 +304,13 @@ def round_weights(module, dtype, prefix=""):
     """A module's weights in place, rounded to what would be stored of them under their names with this prefix."""
     for name, tensor in module.state_dict().items():
         tensor.copy_(cast(prefix + name, tensor, dtype))
+
+
+def write_state_dict(path, tensors: dict[str, Tensor], record: dict, dtype=None):
+    """A safetensors file that `read_state_dict` reads: the tensors as `cast` makes them, and the `ip2p` record."""
+    tensors = {name: cast(name, tensor, dtype) for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        write_safetensors(temporary, tensors, {"ip2p": json.dumps(record)})
 
 
 def write_safetensors(path, tensors: dict[str, Tensor], metadata: dict[str, str]):

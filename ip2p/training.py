@@ -47,10 +47,10 @@ class EMA:
         torch._foreach_lerp_(list(self.weights.values()), [params[name] for name in self.weights], 1 - decay)
 
 
-def make_optimizers(module: nn.Module, name: str, lr: float, weight_decay: float = 0.01):
+def make_optimizers(module: nn.Module, name: str, lr: float):
     """AdamW over everything; or Muon (at 20 lr) over the inner matrices and AdamW over the rest."""
     params = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    fused = dict(betas=(0.9, 0.99 if name == "muon" else 0.999), weight_decay=weight_decay, fused=True)
+    fused = dict(betas=(0.9, 0.99 if name == "muon" else 0.999), weight_decay=0.01, fused=True)
     if name == "adamw":
         return [torch.optim.AdamW(params.values(), lr=lr, **fused)]
     outer = ("embedding", "conv_in", "conv_out", "input_blocks.0.", "out.2", "visual.conv1", "logit_scale", "wte", "wpe")

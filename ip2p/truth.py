@@ -228,8 +228,7 @@ def through(vae, pixels):
 
 def noise(model, seeds):
     """What a sampler starts from for each seed, (B, z, h, w) for 128 x 128 pictures."""
-    side = SIZE // model.vae.config.downsampling
-    shape = model.vae.config.z_channels, side, side
+    shape = model.latent_shape(1, SIZE)[1:]
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 

@@ -5,7 +5,7 @@ Submodules carry the names in the public checkpoints (below their prefix `model.
 """
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -36,13 +36,13 @@ class UNetConfig:
         return self.num_heads if self.head_channels is None else channels // self.head_channels
 
 
-def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """[cos | sin] features of timesteps (DDPM; Ho et al. 2020).
 
     t: (B,), integers or fractions in 0..999. Returns (B, dim) float32.
     """
     half = dim // 2
-    freqs = torch.exp(-math.log(max_period) / half * torch.arange(half, dtype=torch.float32, device=t.device))
+    freqs = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
     args = t.float()[:, None] * freqs
     return torch.cat([args.cos(), args.sin()], dim=1)
 
@@ -148,6 +148,14 @@ class UNet(nn.Module):
 
         self.out = nn.Sequential(nn.GroupNorm(c.norm_groups, width), nn.SiLU(),
                                  nn.Conv2d(width, c.out_channels, 3, padding=1))
+
+    def widen(self, in_channels: int):
+        """More input channels, those of the image latents (InstructPix2Pix, Sec. 3.2). The new weights are zero, so that at
+        first they change nothing."""
+        conv = self.input_blocks[0][0]
+        new = conv.weight.new_zeros(conv.out_channels, in_channels - conv.in_channels, *conv.kernel_size)
+        conv.weight = nn.Parameter(torch.cat([conv.weight, new], dim=1), requires_grad=conv.weight.requires_grad)
+        conv.in_channels, self.config = in_channels, replace(self.config, in_channels=in_channels)
 
     def recompute_blocks(self, recompute: bool):
         """Turn gradient checkpointing on or off: training computes the blocks again for their gradients, to save memory."""

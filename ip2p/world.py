@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from . import world_words as words
 from .command_line import Parser, exit_status
-from .distributed import check_device
+from .distributed import usable_device
 from .images import contact_sheet, save_image, to_images
 from .world_art import FILTERS, recolor, smooth, tiles
 
@@ -381,11 +381,11 @@ def nearness(back, mode, y):
     return min(max((y - back["horizon"]) / (.88 - back["horizon"]), .72), 1.1) if mode in ("stand", "float") else 1.
 
 
-def stream(*key):
-    """A random stream of its own for each key: nothing else is drawn from or disturbed."""
-    if key[1] not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {key[1]!r}")
-    return random.Random("/".join(map(str, key)))
+def stream(what, split, seed, index):
+    """A random stream of its own for each: nothing else is drawn from or disturbed."""
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    return random.Random(f"{what}/{split}/{seed}/{index}")
 
 
 def is_held_out(noun, place, color):
@@ -396,7 +396,7 @@ def is_held_out(noun, place, color):
 # Contact sheets
 
 def main(args):
-    check_device(args.device)
+    args.device = usable_device(args.device)
     world, out = World(args.device, args.subset), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     pixels, captions = world.pictures(args.seed, 0, 96)

@@ -262,21 +262,21 @@ def finish(text, capital, ending):
     return text if text.endswith("?") else text + ending
 
 
-def caption(scene, words):
-    """The scene in words, as `words` (a `Phrasing`) puts it."""
-    things = [named(thing, words.size, not words.drop_color) for thing in scene.things]
-    when = "" if scene.place in TIMELESS or words.drop_when else pick(WHEN[scene.condition], words.when)
-    opening, sentence = words.template
+def caption(scene, phrasing):
+    """The scene in words, as a `Phrasing` puts it."""
+    things = [named(thing, phrasing.size, not phrasing.drop_color) for thing in scene.things]
+    when = "" if scene.place in TIMELESS or phrasing.drop_when else pick(WHEN[scene.condition], phrasing.when)
+    opening, sentence = phrasing.template
     text = (sentence if when else without_when(sentence)).format(
-        a=words.join.format(*things) if len(things) > 1 else things[0],
-        place=whereabouts(scene, words.place), when=when)
+        a=phrasing.join.format(*things) if len(things) > 1 else things[0],
+        place=whereabouts(scene, phrasing.place), when=when)
     if not scene.style:
         text = opening + text
     elif opening:
         text = f"{STYLES[scene.style]} of {text}"
     else:
-        text += pick(STYLE_ENDINGS, words.style).format(scene.style, a=STYLES[scene.style])
-    return finish(text, words.capital, words.ending)
+        text += pick(STYLE_ENDINGS, phrasing.style).format(scene.style, a=STYLES[scene.style])
+    return finish(text, phrasing.capital, phrasing.ending)
 
 
 def instruction(rng, kind, source, target, which, held_out=False):

@@ -287,11 +287,13 @@ def test_separate_vae(tmp_path, saved):
     assert str(small) in error_of(file, vae=small)
 
 
-def test_widened_input_ignores_what_is_new(saved, tmp_path):
+def test_widened_input_ignores_what_is_new(tmp_path):
     parts = tiny("sd1", in_channels=4)
     save_checkpoint(parts, tmp_path / "four.safetensors")
-    wide = load_checkpoint(tmp_path / "four.safetensors", in_channels=8)
+    wide = load_checkpoint(tmp_path / "four.safetensors")
+    wide.unet.widen(8)
     assert wide.unet.config == replace(parts.unet.config, in_channels=8)
+    assert not any(weight.requires_grad for weight in wide.unet.parameters())
     assert torch.equal(wide.unet.input_blocks[0][0].bias, parts.unet.input_blocks[0][0].bias)
     generator = torch.Generator().manual_seed(1)
     x, image, context = (torch.randn(s, generator=generator) for s in ((2, 4, 8, 8), (2, 4, 8, 8), (2, 5, 64)))
@@ -299,7 +301,6 @@ def test_widened_input_ignores_what_is_new(saved, tmp_path):
     assert relative_error(wide.unet(torch.cat([x, image], 1), t, context), parts.unet(x, t, context)) < 1e-6
     save_checkpoint(wide, tmp_path / "eight.safetensors")                     # the record now says eight
     assert same_parts(load_checkpoint(tmp_path / "eight.safetensors"), wide)
-    assert "has 8 input channels, which cannot be narrowed to 4" in error_of(saved[1], in_channels=4)
 
 
 def test_parameterization_and_size_are_told_or_guessed(tmp_path, capsys):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ip2p.command_line import Parser, exit_status, named_path, within
+from ip2p.command_line import Parser, exit_status, within
 
 ROOT = Path(__file__).parent.parent
 

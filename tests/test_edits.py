@@ -183,7 +183,7 @@ def test_public_weights_load_with_the_vocabulary_beside_them(public_files):
 class Scripted(EditWriter):
     """Writes an edit for captions that do not hold "bad", noting what it is asked."""
 
-    def complete(self, caption, seed, **sampling):
+    def complete(self, caption, seed):
         self.asked = getattr(self, "asked", []) + [caption]
         return "no" if "bad" in caption else make_completion(f"make it {len(caption)}", f"{caption} {len(caption)}")
 

@@ -76,7 +76,7 @@ def test_generate_refuses(maker, wrong, words):
 
 @pytest.mark.parametrize("wrong, words", [
     *((dict([(name, [1])]), "2 captions need as many") for name in ("edited_captions", "seeds", "shares", "cfg_text")),
-    (dict(size=60), "multiple of 8, got 60"), (dict(shares=[0.5, 1.5]), r"0..1, got \[0.5, 1.5, 0.5, 1.5\]"),
+    (dict(size=60), "multiples of 8, got 60x60"), (dict(shares=[0.5, 1.5]), r"0..1, got \[0.5, 1.5, 0.5, 1.5\]"),
     (dict(steps=0), "1..1000, got 0"), (dict(sampler="heun"), "got 'heun'")])
 def test_draw_pairs_refuses(maker, wrong, words):
     texts = dict(captions=["a fox", "a cat"], edited_captions=["a red fox", "a red cat"])

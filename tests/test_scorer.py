@@ -126,9 +126,6 @@ def test_accuracy_counts_each_attribute_alone(world):
                   things=lambda r: replace(r, things=r.things | {"unheard of": Seen("", "", 0, 0)}))
     for name, spoil in spoils.items():
         assert score_scorer(Oracle(world, spoil), world, 80) == dict.fromkeys(ATTRIBUTES, 1.0) | {name: 0.0}
-    seen = []
-    score_scorer(Oracle(world), world, 70, through=lambda pixels: seen.append(len(pixels)) or pixels)
-    assert seen == [64, 6]
 
 
 def test_a_saved_scorer_reads_the_same(world, tmp_path):

@@ -91,8 +91,10 @@ def losses(folder):
 
 def weights(folder, name="ip2p.safetensors"):
     """All numbers of the result."""
-    parts = load_checkpoint(folder / name, in_channels=8)
-    return torch.cat([p.flatten() for p in parts.unet.parameters()])
+    unet = load_checkpoint(folder / name).unet
+    if unet.config.in_channels == 4:
+        unet.widen(8)
+    return torch.cat([p.flatten() for p in unet.parameters()])
 
 
 # ---- what is learned, and what comes of it
@@ -203,7 +205,9 @@ def test_what_is_stored_once_is_found_by_editors_of_editors(base, command, tmp_p
 
 
 def test_distilling_begins_with_the_scales_and_the_editor_at_hand(base, tmp_path):
-    save_checkpoint(load_checkpoint(base, in_channels=8), tmp_path / "ip2p.safetensors", metadata=dict(cfg_text=5.0, cfg_image=1.2))
+    editor = load_checkpoint(base)
+    editor.unet.widen(8)
+    save_checkpoint(editor, tmp_path / "ip2p.safetensors", metadata=dict(cfg_text=5.0, cfg_image=1.2))
     args = train.parse(["--stage", "distill", "--data", "world", "--out", str(tmp_path)])
     train.open_base(args)
     assert (args.init, args.cfg_text, args.cfg_image) == (tmp_path / "ip2p.safetensors", 5.0, 1.2)
