@@ -256,9 +256,7 @@ class InstructPix2Pix:
         with self.working(self.vae):
             decode = partial(low_memory.decode, self.vae) if self.low_memory else self.vae.decode
             pixels = decode((z / self.vae.config.scale_factor).to(self.dtype))
-        if not pixels.isfinite().all():
-            raise ValueError(f"the model computed numbers that are not finite in {str(self.dtype).removeprefix('torch.')}; use "
-                             f"bfloat16 (--dtype bf16) or float32 (--dtype fp32)")
+        check_finite(pixels)
         return pixels
 
     def latent_shape(self, count, size=None):
@@ -322,6 +320,12 @@ def check_settings(steps, sampler, num_images, **scales):
     for name, value in scales.items():
         if not math.isfinite(value):
             raise ValueError(f"{name} must be a finite number, got {value}")
+
+
+def check_finite(pixels):
+    if not pixels.isfinite().all():
+        raise ValueError(f"the model computed numbers that are not finite in {str(pixels.dtype).removeprefix('torch.')}; use "
+                         f"bfloat16 (--dtype bf16) or float32 (--dtype fp32)")
 
 
 def _pair_up(images, prompts):
