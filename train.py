@@ -174,6 +174,8 @@ def main(args):
     """One stage. Returns its record; None in processes other than the first."""
     args.device = distributed.usable_device(args.device)
     base = open_base(args) if args.stage in FROM_A_MODEL else None
+    if base:
+        settle(args, base)
     if not base and args.data not in (None, "world"):
         raise ValueError(f"--stage {args.stage} learns from the toy world, not from --data {args.data}")
     args.data = args.data if base else "world"
@@ -198,7 +200,7 @@ def main(args):
 
 
 def open_base(args):
-    """The model that the editor starts from, widened. Sets what follows from it: the preset, the data, the size."""
+    """The model that the editor starts from, widened if it is none yet."""
     if args.init and args.base:
         raise ValueError("--base is widened into an editor, --init is an editor already: give one of the two")
     if args.stage == "distill":
@@ -223,25 +225,28 @@ def open_base(args):
             raise ValueError(f"--base {args.base}: no text-to-image model, its UNet takes {base.unet.config.in_channels} "
                              f"channels; to go on from an editor, give it as --init")
         base.unet.widen(2 * base.vae.config.z_channels)
+    return base
+
+
+def settle(args, base):
+    """Sets what was not given and follows from the model: the preset, the data, the scales, the size."""
     small = is_miniature(base.metadata)
     args.preset = args.preset or ("miniature" if small else "paper")
     if not (args.data or small):
         raise ValueError(f"{args.init or args.base} needs --data DIR: pairs to learn from, as make_data.py draws them")
     args.data = args.data or "data"
+    model = InstructPix2Pix(base)
     if args.stage == "distill":
-        for name, usual in (("cfg_text", 7.5), ("cfg_image", 1.5)):
-            if getattr(args, name) is None:
-                setattr(args, name, base.metadata.get(name, usual))
+        args.cfg_text, args.cfg_image = (model.own_settings[name] if getattr(args, name) is None else getattr(args, name)
+                                         for name in ("cfg_text", "cfg_image"))
     if args.data == "world":
         if args.size not in (None, SIZE):
             raise ValueError(f"--size {args.size}: the toy world's pictures are {SIZE} x {SIZE}")
         args.size = SIZE
     if args.size is None:
         args.size = PRESETS[args.preset].get("size", base.image_size)
-    multiple = InstructPix2Pix(base).size_multiple
-    if args.size < 1 or args.size % multiple:
-        raise ValueError(f"--size must be a multiple of {multiple}, got {args.size}")
-    return base
+    if args.size < 1 or args.size % model.size_multiple:
+        raise ValueError(f"--size must be a multiple of {model.size_multiple}, got {args.size}")
 
 
 def make_small_data(args):

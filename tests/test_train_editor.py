@@ -209,7 +209,7 @@ def test_distilling_begins_with_the_scales_and_the_editor_at_hand(base, tmp_path
     editor.unet.widen(8)
     save_checkpoint(editor, tmp_path / "ip2p.safetensors", metadata=dict(cfg_text=5.0, cfg_image=1.2))
     args = train.parse(["--stage", "distill", "--data", "world", "--out", str(tmp_path)])
-    train.open_base(args)
+    train.settle(args, train.open_base(args))
     assert (args.init, args.cfg_text, args.cfg_image) == (tmp_path / "ip2p.safetensors", 5.0, 1.2)
 
 
