@@ -179,6 +179,8 @@ def main(args):
     if not base and args.data not in (None, "world"):
         raise ValueError(f"--stage {args.stage} learns from the toy world, not from --data {args.data}")
     args.data = args.data if base else "world"
+    if not (args.dtype or distributed.has_bf16(args.device)):
+        args.dtype = "fp32"
     for name, value in defaults(args).items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
@@ -361,6 +363,7 @@ def run_command(argv=None):
             train_all(args, argv)
         else:
             main(args)
+        distributed.end()
 
     return exit_status("train.py", command, "more parts (--accumulate), --checkpointing, --offload or a smaller --preset",
                        "repeat the command to go on", status_if_stopped=0)
@@ -383,7 +386,8 @@ def parse(argv=None):
     flag("--cooldown", type=float, help=f"last share of the steps, with falling learning rate {own}")
     flag("--clip-norm", type=float, help=f"the gradient's norm at most, 0 for any {own}")
     flag("--ema-decay", type=float, help=f"of the averaged weights, a step {own}")
-    flag("--dtype", choices=("bf16", "fp32"), help=f"of the arithmetic; weights stay float32 {own}")
+    flag("--dtype", choices=("bf16", "fp32"), help="of the arithmetic; weights stay float32 "
+         "(default: fp32 in the paper's run and on GPUs before Ampere, else bf16)")
     flag("--timesteps", choices=("uniform", "logit-normal"), help="base, edit: how they are drawn; logit-normal: until the "
          f"second half of the cool-down {own}")
     flag("--score-examples", type=int, default=512, help="held-out examples that the result is scored on; edit: pictures "

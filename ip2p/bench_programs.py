@@ -120,6 +120,7 @@ def multiply_as_much(folder, device, dtype):
     for part in (parts.unet, parts.vae, parts.text):
         part.to("meta")
     model = InstructPix2Pix(parts)
+    torch.backends.cuda.matmul.allow_tf32 = True               # as convolutions may by default
     side = 8192 if device.startswith("cuda") else 1024
     a, b = torch.randn(2, side, side, generator=seeded(0)).to(device, DTYPES[dtype])
     operations = lru_cache(partial(count_operations, model))

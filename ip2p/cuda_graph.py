@@ -2,10 +2,12 @@
 takes longer than running them where a model is small or a GPU large."""
 import sys
 from functools import lru_cache
-from threading import get_ident
+from threading import Lock, get_ident
 from typing import Callable
 
 import torch
+
+ONE_AT_A_TIME = Lock()                                         # a process may record one graph at a time
 
 
 class CUDAGraphed:
@@ -14,8 +16,11 @@ class CUDAGraphed:
     The first call is an ordinary one, for whatever is set up on first use. A replay reads and writes the memory it was
     recorded with: results are valid until the next call, arguments are copied to where they were, and what else the
     function reads must stay. It cannot be recorded if it copies from or to the CPU; then, with a note, every call is an
-    ordinary one, as are calls with other shapes.
+    ordinary one, as are calls with other shapes. After a recording that failed there are no others in the process, as torch
+    before 2.13 takes that one to go on.
     """
+
+    can_record = True
 
     def __init__(self, function: Callable):
         self.function, self.graph, self.calls = function, None, 0
@@ -29,7 +34,9 @@ class CUDAGraphed:
         if self.calls == 1:
             return self._warm_up(inputs)
         if self.calls == 2:
-            self._record(inputs)
+            with ONE_AT_A_TIME:
+                if CUDAGraphed.can_record:
+                    self._record(inputs)
         if self.graph is None or [x.shape for x in inputs] != [x.shape for x in self.inputs]:
             return self.function(*inputs)
         for static, x in zip(self.inputs, inputs):
@@ -54,6 +61,7 @@ class CUDAGraphed:
                 self.output = self.function(*self.inputs)
             self.graph = graph
         except RuntimeError as error:
+            CUDAGraphed.can_record = False
             torch.cuda.set_stream(stream)                      # which a recording that fails at its end does not give back
             reason = (str(error).strip().splitlines() or [""])[0]
             print(f"note: no CUDA graph, steps are run as usual ({reason})", file=sys.stderr)

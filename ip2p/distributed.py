@@ -31,11 +31,16 @@ def usable_device(device: str | None) -> str:
 def choose_device(device: str | None, dtype: str | None):
     """Names of the device and dtype, by default of what exists, and torch's dtype. ValueError if there is no such device."""
     device = usable_device(device)
-    if not dtype and device.startswith("cuda"):
-        with torch.cuda.device(device):                                 # GPUs before Ampere imitate bf16, slowly
-            dtype = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    dtype = dtype or "fp32"
+    dtype = dtype or ("fp32" if not device.startswith("cuda") else "bf16" if has_bf16(device) else "fp16")
     return device, dtype, DTYPES[dtype]
+
+
+def has_bf16(device: str) -> bool:
+    """Whether the device computes in bf16. GPUs before Ampere imitate it, slowly, and have no convolutions of it."""
+    if not device.startswith("cuda"):
+        return True
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def launched() -> int:
@@ -51,6 +56,12 @@ def start(device: str):
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     dist.init_process_group(backend, timeout=timedelta(days=1))         # the others wait while the first fills a cache
+
+
+def end():
+    """Leaves them, once nothing is to be shared any more."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank() -> int:

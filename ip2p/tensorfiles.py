@@ -296,7 +296,8 @@ def small_dtype(name: str, tensor: Tensor) -> torch.dtype:
 
 def cast(name: str, tensor: Tensor, dtype) -> Tensor:
     """A tensor as the dtype to store it in, which may be a function of name and tensor, such as `small_dtype`, or None."""
-    return tensor.to((dtype(name, tensor) if callable(dtype) else dtype) or tensor.dtype)
+    dtype = (dtype(name, tensor) if callable(dtype) else dtype) or tensor.dtype
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).to(dtype)              # Apple's GPUs have no float8
 
 
 @torch.no_grad()

@@ -97,31 +97,10 @@ def fit(module: nn.Module, loss_fn: Callable, folder: Path, *, steps: int, batch
     master = copy.deepcopy(module).cpu() if offload else module
     weights, master_weights = ([p for p in m.parameters() if p.requires_grad] for m in (module, master))
     ema, optimizers, config = EMA(master, ema_decay), make_optimizers(master, optimizer, lr), config or {}
-    step, seconds, saved = 0, 0.0, None
-    if leads:
-        saved = read_newest(folder)                                    # renames what is damaged, before the others look
-    distributed.wait_for_all()
-    if not leads:
-        saved = read_newest(folder)
-    if distributed.any_of(bool(saved)) and distributed.any_of(not saved):
-        raise ValueError(f"{folder}: not all processes see its checkpoints; --out must be a folder that they share")
-    if saved:
-        if saved["config"] != config:
-            changed = {k for k in saved["config"] | config if saved["config"].get(k) != config.get(k)}
-            raise ValueError(f"{folder} holds a run with other settings ({', '.join(sorted(changed))}): repeat its command, "
-                             f"or give another --out")
-        master.load_state_dict(saved["model"])
-        module.load_state_dict(saved["model"])
-        for o, state in zip(optimizers, saved["opt"]):
-            o.load_state_dict(state)
-            lay_out_as_weights(o)
-        for name, value in saved["ema"].items():
-            ema.weights[name].copy_(value)
-        ema.updates, step, seconds = saved["ema_updates"], saved["step"], saved["seconds"]
-        if leads:
-            print(f"resuming {folder} at step {step}", flush=True)
+    step, seconds = resume(folder, master, ema, optimizers, config)
     first_step = step
-    del saved                                                          # it takes memory
+    if offload:
+        module.load_state_dict(master.state_dict())
     if leads:
         forget_after(folder, step)
         with replacing(folder / "settings.json") as temporary:
@@ -218,6 +197,34 @@ def fit(module: nn.Module, loss_fn: Callable, folder: Path, *, steps: int, batch
             p.copy_(ema.weights[name])
     module.eval()
     return dict(step=step, seconds=seconds, finished=step >= steps)
+
+
+def resume(folder: Path, module: nn.Module, ema: EMA, optimizers, config: dict) -> tuple[int, float]:
+    """Give them the state of the newest checkpoint in `folder`, if there is one. Returns its step and seconds, or zeros."""
+    leads, saved = distributed.rank() == 0, None
+    if leads:
+        saved = read_newest(folder)                                    # renames what is damaged, before the others look
+    distributed.wait_for_all()
+    if not leads:
+        saved = read_newest(folder)
+    if distributed.any_of(bool(saved)) and distributed.any_of(not saved):
+        raise ValueError(f"{folder}: not all processes see its checkpoints; --out must be a folder that they share")
+    if not saved:
+        return 0, 0.0
+    if saved["config"] != config:
+        changed = {k for k in saved["config"] | config if saved["config"].get(k) != config.get(k)}
+        raise ValueError(f"{folder} holds a run with other settings ({', '.join(sorted(changed))}): repeat its command, "
+                         f"or give another --out")
+    module.load_state_dict(saved["model"])
+    for o, state in zip(optimizers, saved["opt"]):
+        o.load_state_dict(state)
+        lay_out_as_weights(o)
+    for name, value in saved["ema"].items():
+        ema.weights[name].copy_(value)
+    ema.updates = saved["ema_updates"]
+    if leads:
+        print(f"resuming {folder} at step {saved['step']}", flush=True)
+    return saved["step"], saved["seconds"]
 
 
 @torch.no_grad()

@@ -59,5 +59,11 @@ def no_gradients():
 def gpu(monkeypatch):
     """There is a GPU, in name."""
     from pretended_gpu import PretendedGPU
+
+    from ip2p.cuda_graph import CUDAGraphed, side_stream
+    from ip2p.stages import alphas_on
+    monkeypatch.setattr(CUDAGraphed, "can_record", True)
     with PretendedGPU(monkeypatch) as mode:
         yield mode
+    for kept in (side_stream, alphas_on):                      # a real GPU, if there is one, needs its own
+        kept.cache_clear()

@@ -54,17 +54,10 @@ def test_what_cannot_be_recorded_runs_as_usual(gpu, monkeypatch, capsys):
 
 
 def test_what_needs_the_cpu_cannot_be_recorded(gpu, capsys):
-    graphed = CUDAGraphed(lambda x: x * x.sum().item())
-    assert [graphed(torch.tensor([i], device="cuda")).item() for i in range(4)] == [0, 1, 4, 9]
-    assert capsys.readouterr().err.count("note: no CUDA graph") == 1
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_real_gpu_goes_on_after_a_recording_that_failed(capsys):
-    stream = torch.cuda.current_stream()
-    test_what_needs_the_cpu_cannot_be_recorded(None, capsys)
-    assert torch.cuda.current_stream() == stream
-    test_a_real_graph()
+    for notes in (1, 0):                                       # and no other is tried
+        graphed = CUDAGraphed(lambda x: x * x.sum().item())
+        assert [graphed(torch.tensor([i], device="cuda")).item() for i in range(4)] == [0, 1, 4, 9]
+        assert capsys.readouterr().err.count("note: no CUDA graph") == notes
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -77,3 +70,15 @@ def test_a_real_graph():
     for result, x in zip(results, steps()):
         expected = denoise(*x)
         assert (result - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_real_gpu_goes_on_after_a_recording_that_failed(capsys, monkeypatch):
+    """The last test of graphs: torch before 2.13 could not record again."""
+    monkeypatch.setattr(CUDAGraphed, "can_record", True)
+    stream = torch.cuda.current_stream()
+    test_what_needs_the_cpu_cannot_be_recorded(None, capsys)
+    assert torch.cuda.current_stream() == stream
+    denoise, _ = make_denoiser()
+    graphed = CUDAGraphed(denoise)
+    assert all(torch.allclose(graphed(*x), denoise(*x), atol=1e-4) for x in steps()) and graphed.graph is None

@@ -231,6 +231,16 @@ def test_half_precision_is_the_gpus_own(gpu, supported, dtype, monkeypatch):
     assert choose_device("cuda", None)[1] == dtype and choose_device("cuda", "fp32")[1] == "fp32"
 
 
+@pytest.mark.parametrize("supported, dtype", [(True, "bf16"), (False, "fp32")])
+def test_training_keeps_to_what_the_gpu_has(gpu, supported, dtype, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported or including_emulation)
+    seen = []
+    monkeypatch.setitem(train.FROM_A_MODEL, "edit", lambda args, base: seen.append(args.dtype))
+    run(train.run_command, "--data", "world", "--out", tmp_path, "--device", "cuda")
+    run(train.run_command, "--data", "world", "--out", tmp_path, "--device", "cuda", "--dtype", "bf16")
+    assert seen == [dtype, "bf16"]
+
+
 @pytest.mark.parametrize("what", ["edits", "pictures", "pairs", "curve"])
 def test_evaluate(gpu, what, tmp_path):
     few = {"edits": ("--steps", 1), "pictures": ("--steps", 1), "pairs": ("--steps", 2, "--shares", 0.5),
