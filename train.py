@@ -359,11 +359,10 @@ def run_command(argv=None):
     args = parse(argv)
 
     def command():
-        if args.stage == "all":
-            train_all(args, argv)
-        else:
-            main(args)
-        distributed.end()
+        try:
+            train_all(args, argv) if args.stage == "all" else main(args)
+        finally:
+            distributed.end()
 
     return exit_status("train.py", command, "more parts (--accumulate), --checkpointing, --offload or a smaller --preset",
                        "repeat the command to go on", status_if_stopped=0)

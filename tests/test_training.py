@@ -13,6 +13,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import nn
 
+from ip2p import distributed
 from ip2p.muon import Muon, orthogonalize
 from ip2p.run_folder import list_checkpoints
 from ip2p.stages import Pool, commit, diffusion_loss, draw_timesteps, is_settling
@@ -132,6 +133,7 @@ def go_on_in_a_folder_of_its_own(rank, folder):
         make_run(folder / str(rank), steps=4)
     except ValueError as error:
         (folder / f"{rank}.txt").write_text(str(error))
+    distributed.end()                                          # as train.py does: gloo's threads may abort a process without it
 
 
 def test_processes_that_do_not_share_a_folder_are_told(tmp_path):
