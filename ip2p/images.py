@@ -75,9 +75,9 @@ def in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     if profile:
         try:
             image = ImageCms.profileToProfile(image, BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB")
+            image.info.pop("icc_profile", None)
         except ImageCms.PyCMSError:                                       # damaged, or of another kind of picture
             pass
-        image.info.pop("icc_profile", None)
     return image.convert("RGB")
 
 
