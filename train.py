@@ -360,7 +360,10 @@ def run_command(argv=None):
 
     def command():
         try:
-            train_all(args, argv) if args.stage == "all" else main(args)
+            if args.stage == "all":
+                train_all(args, argv)
+            else:
+                main(args)
         finally:
             distributed.end()
 

@@ -151,7 +151,7 @@ def checksum(tensors: keys.Tensors) -> int:
     return total
 
 
-def check_kind(path, names):
+def _check_kind(path, names):
     """ValueError for files of other kinds that are taken for a checkpoint, by what only their tensors are called."""
     kinds = {"a LoRA": "lora", "of Stable Diffusion XL": "conditioner.embedders.", "of Stable Diffusion 3": ".joint_blocks."}
     for kind, mark in kinds.items():
@@ -166,7 +166,7 @@ def _read_file(path, use_shared=True):
         tensors = _below(tensors, "module.")
     tensors = {name: tensor for name, tensor in tensors.items() if not IGNORED.fullmatch(name)}
     names = list(tensors)
-    check_kind(path, names)
+    _check_kind(path, names)
     unet, ema = _below(tensors, PREFIXES["unet"]), _below(tensors, "model_ema.")
     vae = _below(tensors, PREFIXES["vae"])
     hf, text = _below(tensors, "cond_stage_model.transformer."), _below(tensors, PREFIXES["text"])
