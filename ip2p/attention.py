@@ -4,6 +4,7 @@
 that travels through a call, such as Prompt-to-Prompt's, takes its place: control(q, k, v, heads, is_cross).
 """
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -14,22 +15,29 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) ->
     """softmax(q k^T / sqrt(C / heads)) v, head by head.
 
     q: (B, Q, C); k, v: (B, K, C). causal: no token sees later ones. Returns (B, Q, C).
-    PyTorch's fused kernels do it without holding all logits in memory, and keep them in float32 (Stable Diffusion 2.1's
-    overflow float16). On a CPU, and on CUDA by PyTorch's source, they take every head of this project, the autoencoder's 512
-    wide too, if each token's numbers lie side by side, as a transposed feature map's do not. There are two exceptions, which
-    hold few logits too, unless gradients need them: bfloat16 on a CPU, where plain products of a few heads or queries
-    at a time are about twice as fast, and four times backwards (with logits in bfloat16: a relative error of 0.5 to 1% in place of
-    0.2%); and other devices, where the queries go in chunks, but for texts (`causal`), which are short.
+    PyTorch's fused kernels never hold all logits, and keep them in float32 (Stable Diffusion 2.1's overflow float16). On a CPU,
+    and on CUDA by PyTorch's source, they take every head of this project, even the autoencoder's of 512 channels, provided
+    that each token's channels are adjacent in memory, which those of a transposed feature map are not. Two cases go without
+    them, and hold few logits too, unless gradients need them:
+    - bfloat16 on a CPU: plain products of a few heads or queries at a time are up to four times as fast backward, and twice
+      forward unless the CPU has AMX. Their logits are bfloat16: a relative error of 0.5 to 1%, not 0.2%.
+    - other devices: the queries go in chunks, except for texts (`causal`), which are short.
     """
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))     # (B, heads, tokens, C / heads)
-    compiled = torch.compiler.is_compiling() and not q.requires_grad                # where many small products take long to compile
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not compiled:
+    by_products = q.requires_grad or not (torch.compiler.is_compiling() or has_amx())   # many products take long to compile
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and by_products:
         out = attend_by_products(q, k, v, causal)
     elif causal or q.device.type in ("cpu", "cuda"):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     else:
         out = attend_in_chunks(q, k, v)
     return out.transpose(1, 2).flatten(2)
+
+
+@cache
+def has_amx() -> bool:
+    """Whether this CPU multiplies bfloat16 in tiles, as Intel's do since 2023; False in versions of PyTorch that cannot tell."""
+    return hasattr(torch.cpu, "get_capabilities") and torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
 def attend_by_products(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, most: int = 2 ** 20) -> Tensor:
@@ -39,14 +47,15 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mo
     q, k, v = (x.flatten(0, 1) for x in (q * shape[3] ** -0.5, k, v))
     if causal:
         mask = torch.full((Q, K), float("-inf"), dtype=q.dtype).triu(1)
-    rows, queries = max(1, most // (Q * K)), max(1, min(Q, most // K))
+    # Whole heads, as many as fit; or where not even one does, some of its queries. Either way the parts join in order.
+    heads, queries = max(1, most // (Q * K)), max(1, min(Q, most // K))
     parts = []
-    for few_q, few_k, few_v in zip(q.split(rows), k.split(rows), v.split(rows)):
+    for some_q, some_k, some_v in zip(q.split(heads), k.split(heads), v.split(heads)):
         for start in range(0, Q, queries):
-            logits = few_q[:, start:start + queries] @ few_k.mT
+            logits = some_q[:, start:start + queries] @ some_k.mT
             if causal:
                 logits = logits + mask[start:start + queries]
-            parts.append(logits.softmax(-1).to(v.dtype) @ few_v)
+            parts.append(logits.softmax(-1).to(v.dtype) @ some_v)
     return torch.cat([part.flatten(0, 1) for part in parts]).view(shape)
 
 
@@ -75,7 +84,7 @@ class CrossAttention(nn.Module):
         return self.to_k(context), self.to_v(context)
 
     def forward(self, x: Tensor, context: Tensor | dict | None = None, control: Callable | None = None) -> Tensor:
-        """x: (B, N, query_dim); context: (B, M, context_dim), or the keys and values of it by layer (`UNet.read_text`).
+        """x: (B, N, query_dim); context: (B, M, context_dim), or a dict of its keys and values by layer (`UNet.read_text`).
         Returns (B, N, query_dim)."""
         is_cross = context is not None
         q = self.to_q(x)
@@ -100,7 +109,7 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, dim):
         super().__init__()
-        # nn.Identity: where the original has dropout, of 0, so that the next layer has its public number
+        # nn.Identity stands in for the original's dropout of 0, so that the next layer keeps its public number
         self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
 
     def forward(self, x):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ip2p import attention
 from ip2p.attention import CrossAttention, attend, attend_by_products, attend_in_chunks
 from ip2p.clip_filter import import_open_clip
 from ip2p.text import TextConfig, TextEncoder
@@ -46,7 +47,7 @@ def formula(q, k, v, heads, causal):
 @pytest.mark.parametrize("dtype, trained, tolerance", [(torch.float32, False, 1e-6), (torch.float32, True, 1e-6),
                                                        (torch.bfloat16, False, 1e-2), (torch.bfloat16, True, 1e-2)])
 def test_attention_equals_its_formula_forward_and_backward(causal, dtype, trained, tolerance):
-    """Relative errors; bfloat16 has 8 bits, so 1e-2 is two of its roundings. It goes without the fused kernel."""
+    """Relative errors; bfloat16 has 8 bits, so 1e-2 is two of its roundings."""
     rng = torch.Generator().manual_seed(0)
     keys = 5 if causal else 3
     q, k, v = (torch.randn(2, n, 12, generator=rng).to(dtype).requires_grad_(trained) for n in (5, keys, keys))
@@ -57,6 +58,16 @@ def test_attention_equals_its_formula_forward_and_backward(causal, dtype, traine
         ours = torch.autograd.grad((out.float() * weights).sum(), (q, k, v))
         theirs = torch.autograd.grad((expected * weights).sum(), (q, k, v))
         assert all((a - b).norm() < 3 * tolerance * b.norm() for a, b in zip(ours, theirs))
+
+
+@pytest.mark.parametrize("amx, trained, products", [(False, False, True), (False, True, True), (True, False, False), (True, True, True)])
+def test_bfloat16_on_a_cpu_goes_by_products_where_these_are_faster(amx, trained, products, monkeypatch):
+    """They hold logits in bfloat16 and so err differently than the fused kernel; either way the result is right."""
+    monkeypatch.setattr(attention, "has_amx", lambda: amx)
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 64, 8, generator=rng).bfloat16().requires_grad_(trained) for _ in range(3))
+    out, fused = attend(q, k, v, 1), F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+    assert torch.equal(out, fused) != products and (out - fused).norm() < 1e-2 * fused.norm()
 
 
 @pytest.mark.parametrize("width, dtype", [(width, dtype) for width in (40, 80, 160, 512)      # Stable Diffusion 1's heads, the VAE's
@@ -86,8 +97,9 @@ def test_queries_a_few_at_a_time_are_the_same(way, most):
     assert all((a - b).norm() < 1e-6 * b.norm() for a, b in zip(ours, theirs))
 
 
-def test_compiled_attention_is_one_fused_operation():
+def test_compiled_attention_is_one_fused_operation(monkeypatch):
     """In bfloat16 on a CPU too, where it goes by three products, of some of the queries each, when it is not compiled."""
+    monkeypatch.setattr(attention, "has_amx", lambda: False)
     graphs = []
 
     def look(graph, inputs):
