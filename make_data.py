@@ -50,7 +50,7 @@ def main(args):
         raise ValueError(f"{args.out} holds no pairs to filter")
 
     args.out.mkdir(parents=True, exist_ok=True)
-    args.scratch = args.out / ".shard-{}-of-{}.tmp".format(*args.shard)      # all that is not whole is in here
+    args.scratch = args.out / ".shard-{}-of-{}.tmp".format(*args.shard)      # everything unfinished is in here
     with holding(args.scratch):
         if args.filter_only:
             done = filter_pairs(args)
@@ -72,7 +72,7 @@ def main(args):
 
 @contextmanager
 def holding(scratch):
-    """A folder that is empty, this run's alone, and gone with the block. ValueError if another run holds it."""
+    """An empty folder for this run alone, removed after the block. ValueError if another run holds it."""
     scratch.mkdir(exist_ok=True)
     with locked(scratch, f"{scratch.parent}: another run is at work there, on the same shard"):
         try:
@@ -93,7 +93,11 @@ def write_edits(args):
     settings = dict(num_captions=args.num_captions, captions=args.captions or "the world's", gpt=Path(args.gpt).name,
                     seed=args.seed)
     path = args.out / "edits.json"
-    is_written = lambda: path.exists() and settings.items() <= read_json(path).items()
+
+    def is_written():
+        """Whether edits.json was written with these settings."""
+        return path.exists() and settings.items() <= read_json(path).items()
+
     old = read_json(path) if path.exists() else settings
     if changed := [f"{k} was {old.get(k)}, now {v}" for k, v in settings.items() if k != "num_captions" and old.get(k) != v]:
         raise ValueError(f"{args.out} holds edits made with other settings ({'; '.join(changed)}): give another --out")
@@ -110,7 +114,7 @@ def write_edits(args):
         captions = world_captions(world, args.seed)
 
         def admit(output):
-            """What scores are of is not to be learned from."""
+            """No held-out scene may be learned from."""
             scene = read(output)
             return scene is None or not world.holds_out(scene)
     report = generate_edits(EditWriter.load(args.gpt, args.device), captions, args.out / "edits.jsonl", seed=args.seed,
@@ -123,7 +127,7 @@ def write_edits(args):
 # ---- edits to pairs
 
 def draw_pairs(args):
-    """A folder of OUT for each prompt that is this shard's and has none yet."""
+    """Draw a folder of OUT for each of this shard's prompts without one."""
     from ip2p.clip_filter import ClipSimilarity
     from ip2p.pipeline import InstructPix2Pix
     prompts = read_prompts(args)
@@ -134,7 +138,7 @@ def draw_pairs(args):
     told = {k: v for k, v in vars(args).items() if v not in (None, False) and k not in ("scratch", "torch_dtype")}
     print(" ".join(f"{k}={v}" for k, v in told.items()), limits, flush=True)
     judge = None if args.pairs_only else ClipSimilarity.load(args.clip, args.device)
-    begin_or_continue(args, limits, model)                            # once all is there that it takes
+    begin_or_continue(args, limits, model)                            # only now that everything has loaded
     prompts = [(name, prompt) for name, prompt in prompts if not is_done(args.out / name, prompt)]
 
     done = Counter(prompts=0, samples=0, kept=0)
@@ -194,7 +198,7 @@ def choose_thresholds(args):
 
 
 def begin_or_continue(args, limits, model):
-    """Store what decides on the pairs as OUT/settings.json; ValueError if OUT was begun with something else."""
+    """Store the settings that determine the pairs as OUT/settings.json; ValueError if OUT was begun with something else."""
     drawn = ("seed", "steps", "n_samples", "min_p2p", "max_p2p", "min_cfg", "max_cfg", "control", "sampler", "dtype", "miniature",
              "parameterization")
     new = {name: getattr(args, name) for name in drawn} | {"model": Path(args.model).name, "vae": args.vae and Path(args.vae).name}
@@ -283,10 +287,10 @@ def filter_pairs(args):
     path = args.out / "settings.json"
     settings = read_json(path) if path.exists() else {}              # the published set has none
     told = settings.get("filter") or {}
-    rescore = args.clip is not None or told.get("scoring", False)    # or that was begun before, and not ended
-    if args.clip is None:                                            # that of the scores that are there
-        args.clip = told.get("clip") or (MINIATURE if settings.get("miniature") else PAPER)["clip"]
-        args.clip = MINIATURE["clip"] if args.clip == Path(MINIATURE["clip"]).name else args.clip
+    rescore = args.clip is not None or told.get("scoring", False)    # the latter: rescoring was begun and not finished
+    if args.clip is None:                                            # the CLIP that gave the scores there are
+        clip = told.get("clip") or (MINIATURE if settings.get("miniature") else PAPER)["clip"]
+        args.clip = MINIATURE["clip"] if clip == Path(MINIATURE["clip"]).name else clip            # stored by its name alone
     judge = ClipSimilarity.load(args.clip, args.device) if rescore else None
     limits, done, gone = choose_thresholds(args), Counter(prompts=0, samples=0, kept=0), 0
     print(f"out={args.out} clip={args.clip} max_out_samples={args.max_out_samples}", limits, flush=True)
@@ -318,11 +322,11 @@ def read_samples(folder):
     """The rows of a prompt's pairs, one for each, though a list of the published kind may have some twice; of pairs that no
     list has, the seed alone."""
     rows = {}
-    for file in [p for p in (folder / "samples.jsonl", folder / "metadata.jsonl") if p.exists()][:1]:
-        for number, row in read_jsonl(file):
-            if not isinstance(row.get("seed"), (int, str)):
-                raise ValueError(f"{file}:{number}: a pair without its seed, a number or a text")
-            rows[row["seed"]] = row
+    file = next((p for p in (folder / "samples.jsonl", folder / "metadata.jsonl") if p.exists()), None)
+    for number, row in read_jsonl(file) if file else ():
+        if not isinstance(row.get("seed"), (int, str)):
+            raise ValueError(f"{file}:{number}: a pair without its seed, a number or a text")
+        rows[row["seed"]] = row
     for seed in sorted(path.name.removesuffix("_0.jpg") for path in folder.glob("*_0.jpg")):
         if seed not in map(str, rows):
             rows[seed] = dict(seed=int(seed) if seed.isdigit() else seed)

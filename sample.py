@@ -44,7 +44,8 @@ def main(args):
     if not first:
         return 2
     folder, file = check_output(args.output, paths, len(paths) * len(args.prompt) * args.num_images)
-    side, longest = max(first[0][1].size), LONGEST.get(file.suffix.lower()) if file else None
+    side = max(first[0][1].size)
+    longest = LONGEST.get(file.suffix.lower()) if file else None
     if longest and side > longest and not (args.keep_model_size or args.grid):
         raise ValueError(f"--output {file}: such a file holds sides of up to {longest} pixels, and the result has {side}; write .png")
 
@@ -94,11 +95,16 @@ def main(args):
                 results.append(edit(images, prompts, cfg_text=text_scale, cfg_image=image_scale, seed=seeds[0],
                                     num_images=len(seeds), progress=one_call, **settings))
                 bar.update(len(results[-1]))
-            for ((path, image, prompt), seed), cells in zip(product(batch, seeds), zip(*results)):
+            made = [(*job, seed) for job in batch for seed in seeds]
+            for (path, image, prompt, seed), cells in zip(made, zip(*results)):                       # cells: one a scale
                 if not args.keep_model_size:
                     cells = [restore_size(cell, image, shrink=args.grid) for cell in cells]
                 result = grid_sheet(image, cells, prompt, cfg_text, cfg_image) if args.grid else cells[0]
-                words = [path.stem, prompt, *["grid"] * args.grid, *[str(seed)] * (args.num_images > 1)]
+                words = [path.stem, prompt]
+                if args.grid:
+                    words.append("grid")
+                if args.num_images > 1:
+                    words.append(str(seed))
                 with nullcontext(file) if file else new_file(folder, words) as target:
                     save(result, target, dict(image=path.name, prompt=prompt, seed=seed) | record)
                 bar.write(str(target))
@@ -110,7 +116,7 @@ class TextEditor:
 
     def __init__(self, model, args):
         self.model, self.args = model, args
-        self.picture = self.inverted = None                                # the last one: its prompts follow each other
+        self.picture = self.inverted = None            # the last one: its prompts come in a row, so it is inverted once
 
     def edit(self, images, prompts, *, steps, cfg_text, seed, num_images, size, progress, **_):
         from ip2p.inversion import InvertedPicture, sdedit
@@ -188,7 +194,7 @@ def check_output(output, paths, results):
 
 
 def note_prompts(tokenizer, args):
-    """Say what will not be taken at its word."""
+    """Warn of prompts that are cut short or change nothing."""
     room = tokenizer.config.context_length - 2                 # the start and end tokens take two places
     for prompt in [*args.prompt, args.negative_prompt, args.source_prompt or ""]:
         tokens = tokenizer.encode(prompt)
@@ -201,10 +207,12 @@ def note_prompts(tokenizer, args):
 
 def calls(jobs, args):
     """(jobs, seeds) of every call of the model, each for at most --batch-size results: the jobs times the seeds."""
-    most = min(args.num_images, args.batch_size)
-    while batch := list(islice(jobs, args.batch_size // most)):
-        for seed in range(args.seed, args.seed + args.num_images, most):
-            yield batch, range(seed, min(seed + most, args.seed + args.num_images))
+    seeds = range(args.seed, args.seed + args.num_images)
+    seeds_a_call = min(args.num_images, args.batch_size)
+    jobs_a_call = args.batch_size // seeds_a_call
+    while batch := list(islice(jobs, jobs_a_call)):
+        for start in range(0, args.num_images, seeds_a_call):
+            yield batch, seeds[start:start + seeds_a_call]
 
 
 def restore_size(result, image, shrink):

@@ -76,18 +76,19 @@ def train_edit(args, base):
         with nullcontext() if args.train_text else torch.no_grad():
             return encode_text(["" if d else instruction for instruction, d in zip(texts, drop)])
 
-    # The loss of some rows of a step (Eq. 1). Whatever is drawn is drawn for the whole step, however its rows are shared out.
+    # The loss of `rows` of a step (Eq. 1), or of a whole `batch` when scoring. Random numbers are drawn for the whole step and
+    # then cut to `rows`, so that they do not depend on how a step is split.
     def loss_fn(step, rows, batch=None, dropout=args.dropout, timesteps=args.timesteps):
         image_latents, edited, texts = batch or pairs.batch(step, rows)      # edited: (B, 2, z, h, w), mean and log variance
         count = len(edited) if batch else args.batch_size
         shape = (count, *edited.shape[2:])
         rng = seeded(args.seed, step)
         drop_text, drop_image = dropout_masks(count, dropout, rng)
+        drop_image = drop_image & args.image_dropout
         t = draw_timesteps(timesteps, count, rng, is_settling(step, args))
         noise = torch.randn(shape, generator=rng)
         spread = torch.randn(shape, generator=rng) if args.target == "sample" else torch.zeros(count, 1, 1, 1)
-        t, noise, spread, drop_image = (to_device(x[rows], args.device)
-                                        for x in (t, noise, spread, drop_image & args.image_dropout))
+        t, noise, spread, drop_image = (to_device(x[rows], args.device) for x in (t, noise, spread, drop_image))
         mean, logvar = to_device(edited, args.device).unbind(1)
         x0 = (mean + (0.5 * logvar).exp() * spread) * vae.config.scale_factor
         image_latents = image_scale * to_device(image_latents, args.device).masked_fill(drop_image[:, None, None, None], 0)
@@ -106,8 +107,8 @@ def train_edit(args, base):
 
     @contextmanager
     def sampling():
-        """All parts on the device; and should the UNet be learning from scaled image latents, it takes unscaled ones, as
-        everything else gives them: the scale goes into its first layer's weights."""
+        """Within the block all parts are on the device, and a UNet that learns from scaled image latents takes unscaled ones, as
+        everything else gives them: its first layer absorbs the scale."""
         weight = unet.input_blocks[0][0].weight.data
         own = weight.clone()
         weight[:, z:] *= image_scale
@@ -139,7 +140,7 @@ def train_edit(args, base):
         for i, batch in enumerate(batches):
             loss, _ = loss_fn(i, slice(None), batch, dropout=0, timesteps="uniform")
             total, count = total + len(batch[2]) * loss.item(), count + len(batch[2])
-    on_training = held_out and not held_out.prompts.start             # too few pairs to hold any back
+    on_training = held_out and not held_out.prompts.start             # as `open_data` has it where there are no others
     record["training_loss" if on_training else "held_out_loss"] = round(total / count, 4)
     record |= dict(cfg_text=args.cfg_text, cfg_image=args.cfg_image, base=history(base.metadata))
     if hasattr(pairs, "skipped") and (skipped := pairs.skipped.count()):
@@ -176,9 +177,10 @@ def main(args):
     base = open_base(args) if args.stage in FROM_A_MODEL else None
     if base:
         settle(args, base)
-    if not base and args.data not in (None, "world"):
+    elif args.data not in (None, "world"):
         raise ValueError(f"--stage {args.stage} learns from the toy world, not from --data {args.data}")
-    args.data = args.data if base else "world"
+    else:
+        args.data = "world"
     if not (args.dtype or distributed.has_bf16(args.device)):
         args.dtype = "fp32"
     for name, value in defaults(args).items():
@@ -252,7 +254,7 @@ def settle(args, base):
 
 
 def make_small_data(args):
-    """A data set to begin with, where there is nothing and nothing else was asked for, or one that was begun so and stopped."""
+    """Draw a small data set into data/ if that is empty and no other was asked for; finish one that was stopped."""
     folder, unfinished = Path("data"), Path("data/.unfinished")
     nothing = not folder.exists() or unfinished.exists() or not any(folder.iterdir())
     if args.data == "data" and distributed.rank() == 0 and nothing:

@@ -57,7 +57,7 @@ def _has_weight(branch):
 
 def _weighted_denoiser(predict, branches, read_text):
     """denoise(x_t, t): the sum of weight x prediction over those branches whose weight is not zero, all in one batch."""
-    weights, texts, images = zip(*filter(_has_weight, branches))
+    weights, texts, images = zip(*filter(_has_weight, branches))          # not empty: the weights sum to 1
     weights = [w[:, None, None, None] if torch.is_tensor(w) else w for w in weights]
     n, join_image = len(weights), images[0] is not None
     context = torch.cat(texts) if read_text is None else read_text(torch.cat(texts))

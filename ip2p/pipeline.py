@@ -45,12 +45,12 @@ class InstructPix2Pix:
         parameterization: "eps" or "v", what the UNet predicts; read or guessed if not given.
         low_memory: the parts stay on the CPU and visit the device in turn; the autoencoder works in strips of rows, and the
         guidance branches of an edit run one after another. Slower; the results are the same up to rounding.
-        Raises ValueError, in one line, for what is missing, damaged or not such a model.
+        Raises a one-line ValueError if the file is missing, damaged or not such a model.
         """
         parts = load_checkpoint(path_or_repo_id, device=None if low_memory else device, dtype=dtype, vae=vae,
                                 parameterization=parameterization)
         model = cls(parts, device, low_memory)
-        if model.device.type == "cuda":                        # the order that its convolutions compute in
+        if model.device.type == "cuda":                        # the memory layout that its convolutions compute in
             for part in (model.unet, model.vae):
                 part.to(memory_format=torch.channels_last)
         return model
@@ -91,11 +91,11 @@ class InstructPix2Pix:
             return self.text(self.tokenizer(prompts).to(self.device))
 
     def working(self, part):
-        """A context in which `part` is on the device; in low memory it is there no longer than that."""
+        """A context manager: `part` is on the device, with low_memory only within the block."""
         return low_memory.visiting(part, self.device) if self.low_memory else nullcontext()
 
     def read_text(self, context: Tensor) -> dict:
-        """What the UNet makes of a context, (B, M, D), at every step alike."""
+        """The UNet's keys and values of a context, (B, M, D): the same at every step."""
         return self.unet.read_text(context.to(self.dtype))
 
     def predict(self, x: Tensor, t: Tensor, context: Tensor | dict, control=None, condition: Tensor | None = None) -> Tensor:
@@ -116,13 +116,13 @@ class InstructPix2Pix:
              num_images=1, size=None, x_T=None, eta=0.0, progress=True) -> list[Image.Image]:
         """Edit pictures as told.
 
-        images, prompts: one PIL picture and one instruction, or a list of either; one goes with all of the other.
+        images, prompts: a PIL picture or a list, an instruction or a list; a single one goes with all of the other.
         steps: 1..1000; the model's own if None, 20 if it has none. sampler: "ddim" or "euler-ancestral". eta: DDIM's share of
         fresh noise.
-        cfg_text, cfg_image: guidance scales; more of the first follows the instruction, of the second keeps the picture. The
-        model's own if None, 7.5 and 1.5 if it has none.
+        cfg_text, cfg_image: guidance scales; raise cfg_text to follow the instruction more, cfg_image to keep more of the
+        picture. The model's own if None, 7.5 and 1.5 if it has none.
         negative_prompt: what guidance leads away from, in the place of "".
-        seed: of the first picture made from an input; the next have seed + 1, ...: `num_images` of each.
+        seed: of the first of an input's `num_images` results; the next have seed + 1, ...
         size: the long side in the model, rounded to `size_multiple`; the model's own if None.
         x_T: the noise to start from instead, (results, z, h, w) of unit variance, if all pictures have one size.
         Returns the pictures at the size they were made at, `num_images` of each input in a row. A blank instruction
@@ -148,8 +148,9 @@ class InstructPix2Pix:
             raise ValueError("x_T needs pictures of one size, each with an instruction")
 
         results = [None] * len(images)
-        for width, height, told in dict.fromkeys(kinds):                  # pictures of one kind make one batch
-            batch = [i for i, kind in enumerate(kinds) if kind == (width, height, told)]
+        for kind in dict.fromkeys(kinds):                                 # pictures of one kind make one batch
+            width, height, told = kind
+            batch = [i for i in range(len(images)) if kinds[i] == kind]
             image_latents = self.encode(torch.stack([to_pixels(images[i], width, height) for i in batch]))
             image_latents = image_latents.repeat_interleave(num_images, 0)
             z = image_latents * self.vae.config.scale_factor
@@ -224,11 +225,11 @@ class InstructPix2Pix:
                         eta=0.0, control=None, first=0, progress=False) -> Tensor:
         """Clean latents (B, z, h, w) = `shape` of B texts. null_context: (1, M, D), or a list with one for every step;
         cfg_text: a number or (B,); seeds: B numbers; first: the step to begin with, x_T being as noisy as it expects."""
-        if control is not None and (shape[0], steps - first) != (len(control.source), len(control.self_steps)):
-            raise ValueError(f"this control is for {len(control.source)} prompts with one picture each in {len(control.self_steps)} "
-                             f"steps, got {shape[0]} in {steps - first}")
         predict, options = self.predict, {}
         if control is not None:
+            if (shape[0], steps - first) != (len(control.source), len(control.self_steps)):
+                raise ValueError(f"this control is for {len(control.source)} prompts with one picture each in "
+                                 f"{len(control.self_steps)} steps, got {shape[0]} in {steps - first}")
             run = ControlledRun(control, *shape[2:], self.device)
             predict, options = run.predicting(self.predict), dict(after_step=run.after_step)
         if first:
@@ -236,8 +237,8 @@ class InstructPix2Pix:
         context = self.encode_text(texts)
         with self.working(self.unet):
             if isinstance(null_context, list):                           # one for each step: not worth reading ahead
-                each = iter([text_denoiser(predict, context, null, cfg_text) for null in null_context])
-                denoise = lambda x, t: next(each)(x, t)
+                denoisers = iter([text_denoiser(predict, context, null, cfg_text) for null in null_context])
+                denoise = lambda x, t: next(denoisers)(x, t)
             else:
                 denoise = text_denoiser(predict, context, null_context, cfg_text, self.read_text)
             return self._sample(denoise, shape, steps, sampler, seeds, x_T, eta, progress, **options)
@@ -292,8 +293,8 @@ class InstructPix2Pix:
         def noise_like(x):
             noise = torch.stack([torch.randn(x.shape[1:], generator=g) for g in streams])
             if x.is_cuda:
-                return noise.pin_memory().to(x.device, non_blocking=True)                    # nobody waits
-            return noise.to(x.device)                    # unpinned, a copy that is not waited for may be of memory freed since
+                return noise.pin_memory().to(x.device, non_blocking=True)                    # pinned: no need to wait
+            return noise.to(x.device)                    # blocking: unpinned memory could be freed before the copy ends
 
         if x_T is None:
             x_T = noise_like(torch.empty(shape, device=self.device))

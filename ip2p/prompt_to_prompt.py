@@ -1,4 +1,4 @@
-"""Prompt-to-Prompt (Hertz et al. 2022, arXiv:2208.01626): pictures of two prompts that agree in what the words share.
+"""Prompt-to-Prompt (Hertz et al. 2022, arXiv:2208.01626): pictures of two prompts that agree where the prompts do.
 
 The picture of a target prompt borrows attention maps M_s from that of its source, drawn beside it from the same noise.
 Every control is linear in the maps, so it acts on the values V, by ordinary fused attention, and no map is ever stored:
@@ -28,12 +28,12 @@ from .word_alignment import refinement_mapper, replacement_mapper, word_tokens
 
 @dataclass(frozen=True)
 class LocalBlend:
-    """Keep the target's picture to where certain words are: elsewhere its latents become its source's, after every step.
+    """Confine the edit to where certain words are: elsewhere the target's latents become its source's, after every step.
 
     words: for each prompt, the word or words whose maps count, its source's among them; None: what a prompt and its source
     do not have in common (`refinement_mapper`). The maps are summed over heads, layers and steps so far, widened by 3 x 3
     and divided by their maximum; they count above `threshold`, in the source or in the target. subtract: words, likewise,
-    whose places do not. start: from this share of the steps on.
+    whose places are left out. start: from this share of the steps on.
     """
     words: tuple[str, ...] | None = None
     subtract: tuple[str, ...] | None = None
@@ -48,7 +48,7 @@ class AttentionControl:
     source: (R,) int64, the row that a row borrows from; its own number if it is a source.
     self_steps: (T, R) bool, when it takes its source's self-attention.
     from_source: (R, M, M) and own: (R, M): its new map of token j is sum_i M_s[i] from_source[i, j] + M_t[j] own[j];
-    cross_steps: (T, R, M), the share (alpha) of the new map in each token's. None, all three: cross-attention stays.
+    cross_steps: (T, R, M), the share (alpha) of the new map in each token's. All three None: cross-attention stays as it is.
     self_side: self-attention is borrowed in layers of up to this many by as many pixels, and of more in proportion where
     latents are larger than 64 x 64; None: in all. unconditional: whether the unconditional prediction borrows too.
     blend: keeps the change to where words are; blend_tokens: 1 at these words' tokens, (R, M), and at those of the words
@@ -96,7 +96,8 @@ def prompt_to_prompt(tokenizer: Tokenizer, prompts: Sequence[str], num_steps: in
         raise ValueError(f"mode must be replace, refine or reweight, got {mode!r}")
     R, M, T = len(prompts), tokenizer.config.context_length, num_steps
     source = [0] * R if source is None else list(source)
-    crossing, sharing = ([x] * R if not isinstance(x, list) else x for x in (cross_replace_steps, self_replace_steps))
+    crossing = cross_replace_steps if isinstance(cross_replace_steps, list) else [cross_replace_steps] * R
+    sharing = self_replace_steps if isinstance(self_replace_steps, list) else [self_replace_steps] * R
     if any(len(x) != R for x in (source, crossing, sharing)) or not all(0 <= s < R for s in source):
         raise ValueError(f"source and lists of steps need an entry for each of {R} prompts, sources in 0..{R - 1}")
     from_source, own, cross_steps = torch.zeros(R, M, M), torch.ones(R, M), torch.zeros(T, R, M)
@@ -117,14 +118,17 @@ def prompt_to_prompt(tokenizer: Tokenizer, prompts: Sequence[str], num_steps: in
             from_source[r, :, tokens] *= factor
             own[r, tokens] *= factor
         bounds = crossing[r] if isinstance(crossing[r], dict) else {"default_": crossing[r]}
-        for word, bound in {"default_": (0, 1), **bounds}.items():
+        for word, bound in {"default_": (0, 1), **bounds}.items():                # the default first, which words override
             tokens = list(range(M)) if word == "default_" else word_tokens(b, word, tokenizer)
             begin, end = _interval(bound, T + 1)
             cross_steps[:, r, tokens] = 0
             cross_steps[begin:end, r, tokens] = 1
         begin, end = _interval(sharing[r], T)
         self_steps[begin:end, r] = True
-    named = [*(equalizer or {}), *(w for c in crossing if isinstance(c, dict) for w in c if w != "default_")]
+    named = [*(equalizer or {})]
+    for bounds in crossing:
+        if isinstance(bounds, dict):
+            named += [word for word in bounds if word != "default_"]
     for word in named:
         if not any(word_tokens(prompts[r], word, tokenizer) for r in targets):
             raise ValueError(f"no edited prompt has the word {word!r}: {'; '.join(prompts[r] for r in targets)}")
@@ -224,12 +228,10 @@ class ControlledRun:
     def _plan(self, i, branches):
         """For step i: whose queries and keys each row uses in self-attention, and what `_cross` needs; None for its own."""
         c, R = self.control, len(self.control.source)
-        offsets = [R * b for b in range(branches)] if c.unconditional else [0]
-        own_rows, crossing = torch.arange(R * branches), None
-        self_rows = own_rows.clone()
-        for offset in offsets:
-            self_rows[offset:offset + R] = torch.where(c.self_steps[i], c.source, torch.arange(R)) + offset
-        self_rows = None if torch.equal(self_rows, own_rows) else self_rows.to(self.device)
+        own, crossing = torch.arange(R), None
+        borrowed = torch.where(c.self_steps[i], c.source, own)
+        self_rows = torch.cat([R * branch + (borrowed if branch == 0 or c.unconditional else own) for branch in range(branches)])
+        self_rows = None if torch.equal(self_rows, torch.arange(R * branches)) else self_rows.to(self.device)
         if c.cross_steps is not None and (alpha := c.cross_steps[i]).any():
             rows = alpha.any(1).nonzero()[:, 0]
             own = torch.ones(R * branches, alpha.shape[1])
@@ -252,14 +254,15 @@ class ControlledRun:
         if self.crossing is None:
             return attend(q, k, v, heads)
         rows, source, from_source, own = self.crossing
-        out = attend(q, k, v * own.to(v.dtype), heads)
-        return out.index_add(0, rows, attend(q[source], k[source], from_source.to(v.dtype) @ v[rows], heads))
+        out = attend(q, k, v * own.to(v.dtype), heads)                                      # M_t diag(own) V
+        borrowed = attend(q[source], k[source], from_source.to(v.dtype) @ v[rows], heads)   # M_s (from_source V)
+        return out.index_add(0, rows, borrowed)
 
     def _look_at_words(self, q, k, heads):
         """Add the words' maps, averaged over heads, to those so far: (R, pixels)."""
         for i, tokens in enumerate(self.blend_tokens):
             if tokens is not None:
-                indicator = torch.zeros_like(k)
+                indicator = torch.zeros_like(k)                    # 1 at the words: every channel becomes its head's map of them
                 indicator[:len(tokens)] = tokens.to(k)[:, :, None]
                 self.maps[i] = self.maps[i] + self._cross(q, k, indicator, heads)[:len(tokens)].float().mean(2)
 

@@ -18,7 +18,7 @@ def make_alphas_cumprod() -> Tensor:
 
 
 def sigmas_at(t: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """Noise levels sqrt((1 - a_t) / a_t) at timesteps of any shape, in 0..999; between whole ones log sigma is linear."""
+    """Noise levels sqrt((1 - a_t) / a_t) at timesteps in 0..999, of any shape; log sigma is interpolated linearly."""
     log_sigmas = ((1 - alphas_cumprod) / alphas_cumprod).log().to(t.device) / 2
     t = t.float()
     low = t.floor().long().clamp(max=len(log_sigmas) - 2)

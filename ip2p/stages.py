@@ -100,7 +100,7 @@ def latent_moments(vae, pixels):
 
 
 def to_device(x, device: str):
-    """A tensor on the device; a GPU is not waited for."""
+    """The tensor on the device, without waiting for a GPU."""
     return x.pin_memory().to(device, non_blocking=True) if device.startswith("cuda") and not x.is_cuda else x.to(device)
 
 

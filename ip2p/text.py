@@ -43,8 +43,8 @@ class TextConfig:
 
 
 class Tokenizer:
-    """CLIP's byte-pair encoding (lower-cased, 49,408 tokens), or its first `vocab_size` tokens' worth of it. Words that a model
-    has learned beyond these (textual inversion) are not read."""
+    """CLIP's byte-pair encoding (lower-cased, 49,408 tokens), or its first `vocab_size` tokens' worth of it. Tokens that were
+    added by textual inversion are not supported."""
 
     def __init__(self, config: TextConfig = TextConfig()):
         self.config = config
@@ -74,7 +74,7 @@ class Tokenizer:
 
 
 class QuickGELU(nn.Module):
-    """The sigmoid's approximation of GELU that OpenAI's CLIP was trained with."""
+    """The sigmoid approximation of GELU that OpenAI's CLIP was trained with."""
 
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)
@@ -85,7 +85,7 @@ class ResidualAttentionBlock(nn.Module):
 
     def __init__(self, width, heads, quick_gelu):
         super().__init__()
-        self.attn = nn.MultiheadAttention(width, heads)                  # its weights and their names; computed below
+        self.attn = nn.MultiheadAttention(width, heads)                  # only holds the weights, by their public names; `forward` computes it
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.mlp = nn.ModuleDict(dict(c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU() if quick_gelu else nn.GELU(),
                                       c_proj=nn.Linear(4 * width, width)))

@@ -60,8 +60,8 @@ def make_optimizers(module: nn.Module, name: str, lr: float):
 
 
 def lay_out_as_weights(optimizer: torch.optim.Optimizer):
-    """Give a state that was read the order in memory of its weights, which on another device may have been channels last:
-    fused AdamW goes through both as they lie."""
+    """Lay a loaded state out in memory like its weights (it may come from a device with channels last): fused AdamW walks
+    both in memory order."""
     for weight, state in optimizer.state.items():
         for name, value in state.items():
             if torch.is_tensor(value) and value.shape == weight.shape and value.stride() != weight.stride():
@@ -89,13 +89,15 @@ def fit(module: nn.Module, loss_fn: Callable, folder: Path, *, steps: int, batch
     In `folder`: the last `keep` checkpoints step-*.pt (everything needed to go on), metrics.jsonl, loss.png, sheet-*.png,
     and settings.json with `settings`, or else `config`.
     On return the module holds the averaged weights. Returns {"step", "seconds", "finished"}.
-    SIGINT and SIGTERM stop it after the step in hand: it saves, and raises KeyboardInterrupt.
+    SIGINT and SIGTERM stop it after the current step: it saves, and raises KeyboardInterrupt.
     Raises ValueError if the folder holds a run with another `config`, the loss is not finite, or a file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    leads, parts = distributed.rank() == 0, distributed.own_rows(batch_size, accumulate)
-    master = copy.deepcopy(module).cpu() if offload else module
-    weights, master_weights = ([p for p in m.parameters() if p.requires_grad] for m in (module, master))
+    leads = distributed.rank() == 0
+    parts = distributed.own_rows(batch_size, accumulate)
+    master = copy.deepcopy(module).cpu() if offload else module                   # what the optimisers update
+    weights = [p for p in module.parameters() if p.requires_grad]
+    master_weights = [p for p in master.parameters() if p.requires_grad]
     ema, optimizers, config = EMA(master, ema_decay), make_optimizers(master, optimizer, lr), config or {}
     step, seconds = resume(folder, master, ema, optimizers, config)
     first_step = step
@@ -153,7 +155,8 @@ def fit(module: nn.Module, loss_fn: Callable, folder: Path, *, steps: int, batch
                 good &= loss.isfinite() & norm.isfinite()
                 if offload:
                     for p, m in zip(weights, master_weights):
-                        m.grad, p.grad = None if p.grad is None else p.grad.cpu(), None
+                        m.grad = None if p.grad is None else p.grad.cpu()
+                        p.grad = None
                 for o in optimizers:
                     o.step()
                     o.zero_grad(set_to_none=True)
@@ -200,7 +203,7 @@ def fit(module: nn.Module, loss_fn: Callable, folder: Path, *, steps: int, batch
 
 
 def resume(folder: Path, module: nn.Module, ema: EMA, optimizers, config: dict) -> tuple[int, float]:
-    """Give them the state of the newest checkpoint in `folder`, if there is one. Returns its step and seconds, or zeros."""
+    """Load the newest checkpoint in `folder`, if any, into module, ema and optimizers. Returns its step and seconds, or zeros."""
     leads, saved = distributed.rank() == 0, None
     if leads:
         saved = read_newest(folder)                                    # renames what is damaged, before the others look

@@ -20,8 +20,8 @@ class UNetConfig:
     in_channels: int = 4
     out_channels: int = 4
     model_channels: int = 320
-    channel_mult: tuple[int, ...] = (1, 2, 4, 4)                      # one entry a resolution
-    num_res_blocks: int = 2                                           # going down; going up has one more a level
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)                      # one entry per resolution
+    num_res_blocks: int = 2                                           # per level going down; one more going up
     attention_levels: tuple[bool, ...] = (True, True, True, False)    # which resolutions have transformers
     transformer_depth: int = 1
     context_dim: int = 768
@@ -52,7 +52,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.in_layers = nn.Sequential(nn.GroupNorm(groups, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, c_out))
-        # nn.Identity: where the original has dropout, of 0, so that the next layer has its public number
+        # nn.Identity stands in for the original's dropout of 0, so that the next layer keeps its public number
         self.out_layers = nn.Sequential(nn.GroupNorm(groups, c_out), nn.SiLU(), nn.Identity(),
                                         nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
@@ -83,7 +83,7 @@ class Upsample(nn.Module):
 class UNetBlock(nn.Sequential):
     """Layers in a row, each given what it needs: ResBlocks the timestep, transformers the text and the control."""
 
-    recompute = False            # gradient checkpointing: keep the input alone, compute the rest again for the gradients
+    recompute = False            # gradient checkpointing: keep only the input, and recompute the rest for the gradients
 
     def forward(self, x, emb, context, control):
         if self.recompute and torch.is_grad_enabled():
@@ -150,7 +150,7 @@ class UNet(nn.Module):
                                  nn.Conv2d(width, c.out_channels, 3, padding=1))
 
     def widen(self, in_channels: int):
-        """More input channels, those of the image latents (InstructPix2Pix, Sec. 3.2). The new weights are zero, so that at
+        """Widen the input to `in_channels`, for the image latents (InstructPix2Pix, Sec. 3.2). The new weights are zero, so at
         first they change nothing."""
         conv = self.input_blocks[0][0]
         new = conv.weight.new_zeros(conv.out_channels, in_channels - conv.in_channels, *conv.kernel_size)
@@ -171,12 +171,12 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | dict, control: Callable | None = None,
                 condition: Tensor | None = None) -> Tensor:
-        """What the model predicts of the noise: eps, or v where it was trained to.
+        """The model's prediction: eps, or v if it was trained to predict v.
 
         x: (B, in_channels, h, w) latents, h and w multiples of 2 ** (levels - 1); t: (B,), or (1,) for all, timesteps in
-        0..999, which may be fractions; context: (B, M, context_dim), or what `read_text` makes of it; control: what takes the
-        place of `attend` in every attention layer; condition: (B, n) numbers in 0..1000 that a distilled editor goes by, each
-        embedded as a timestep is, in cond_dim / n features. Returns (B, out_channels, h, w).
+        0..999, which may be fractions; context: (B, M, context_dim), or what `read_text` makes of it; control: called in
+        place of `attend` in every attention layer; condition: (B, n) numbers in 0..1000 given to a distilled editor, each
+        embedded like a timestep, in cond_dim / n features. Returns (B, out_channels, h, w).
         """
         dtype = self.time_embed[0].weight.dtype
         emb = timestep_embedding(t, self.config.model_channels).to(dtype)

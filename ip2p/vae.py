@@ -26,7 +26,7 @@ class VAEConfig:
 
     @property
     def downsampling(self) -> int:
-        """Pixels to a latent cell, along each side."""
+        """Pixels per latent cell, along each side."""
         return 2 ** (len(self.channel_mult) - 1)
 
 
@@ -45,7 +45,7 @@ class DiagonalGaussian:
         return self.mean
 
     def sample(self, noise: Tensor) -> Tensor:
-        """The draw that standard normal noise, (B, z, h, w), stands for."""
+        """A sample, made from standard normal noise (B, z, h, w)."""
         return self.mean + (0.5 * self.logvar).exp() * noise
 
     def kl(self) -> Tensor:
@@ -116,7 +116,7 @@ class Level(nn.Module):
         self.block = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:]))
 
     def layers(self):
-        """All of them, in the order in which they run. (Run here, the level's input would stay in memory until its end.)"""
+        """The blocks, then `downsample` or `upsample` if there is one. (A `forward` would keep the level's input to its end.)"""
         blocks, *resize = self.children()
         return [*blocks, *resize]
 
