@@ -16,15 +16,15 @@ from .schedule import NUM_TRAIN_TIMESTEPS, sigmas_at
 def ddim_timesteps(num_steps: int, spacing: str = "leading") -> Tensor:
     """Descending int64 timesteps, (num_steps,). Raises ValueError unless 1 <= num_steps <= 1000.
 
-    spacing: "leading" for evenly spaced from 1 up, as in the original; "trailing" for evenly spaced from 999 down (Lin et al.
-    2023, arXiv:2305.08891), which few steps need: two leading ones would begin at 501. The original takes more steps than
-    asked where their number does not divide 1000; here it is always exact. (All 1000 are 999, ..., 0.)"""
+    spacing: "leading" for every (1000 // num_steps)th from 1 up, as in diffusers; "trailing" for evenly spaced from 999 down
+    (Lin et al. 2023, arXiv:2305.08891), needed for few steps: two leading ones begin at 501. The original's leading ones are
+    more than asked where num_steps does not divide 1000; here as many as asked. (All 1000 are 999, ..., 0.)"""
     if not 1 <= num_steps <= NUM_TRAIN_TIMESTEPS:
         raise ValueError(f"the number of steps must be in 1..{NUM_TRAIN_TIMESTEPS}, got {num_steps}")
     if spacing == "trailing":
         return (NUM_TRAIN_TIMESTEPS * (1 - torch.arange(num_steps, dtype=torch.float64) / num_steps)).round().long() - 1
     offset = int(num_steps < NUM_TRAIN_TIMESTEPS)
-    return (torch.arange(num_steps) * NUM_TRAIN_TIMESTEPS // num_steps + offset).flip(0)
+    return (torch.arange(num_steps) * (NUM_TRAIN_TIMESTEPS // num_steps) + offset).flip(0)
 
 
 def ddim_steps(num_steps: int, alphas_cumprod: Tensor, spacing: str = "leading") -> list[tuple[Tensor, Tensor, Tensor]]:

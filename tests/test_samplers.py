@@ -54,7 +54,7 @@ def test_impossible_numbers_of_steps_are_refused(num_steps):
         euler_ancestral_sample(toy_denoise, noise(1, 4, 2, 2), num_steps, ALPHAS)
 
 
-@pytest.mark.parametrize("num_steps", [1, 5, 20, 50, 100])
+@pytest.mark.parametrize("num_steps", [1, 5, 7, 20, 30, 50, 100, 150])
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 def test_ddim_trajectory_equals_diffusers(num_steps, eta):
     diffusers = pytest.importorskip("diffusers")
@@ -110,12 +110,12 @@ def test_invert_then_sample_returns():
     def denoise(x, t):
         return 0.5 * torch.tanh(x)
     x0, errors = noise(1, 4, 8, 8), []
-    for num_steps in (50, 100, 200, 400):
+    for num_steps in (25, 50, 100, 200):
         latents = ddim_invert(denoise, x0, num_steps, ALPHAS)
         assert len(latents) == num_steps + 1 and latents[0] is x0
         back = ddim_sample(denoise, latents[-1], num_steps, ALPHAS)
         errors.append(((back - x0).norm() / x0.norm()).item())
-    assert errors[0] < 0.06
+    assert errors[1] < 0.06
     assert all(0.4 < finer / coarser < 0.6 for coarser, finer in zip(errors, errors[1:])), errors
 
 
