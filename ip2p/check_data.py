@@ -10,10 +10,12 @@ from .images import open_image
 def check_dataset(path) -> list[str]:
     """What is wrong with a data set in any layout, a line for each thing, naming its file; [] if nothing is."""
     path = Path(path)
-    if (path / "seeds.json").exists() or any(path.glob("*/prompt.json")) or any(path.glob("*/*_0.jpg")):
+    tables, lists = list_tables(path), [path] if path.suffix == ".jsonl" else sorted(path.glob("*.jsonl"))
+    named_so = not (tables or lists) and any(path.glob("*/*_0.jpg"))
+    if (path / "seeds.json").exists() or any(path.glob("*/prompt.json")) or named_so:
         return _check_published(path)
     problems, pairs, seen = [], [], set()
-    if not list_tables(path) and len(lists := [path] if path.suffix == ".jsonl" else sorted(path.glob("*.jsonl"))) == 1:
+    if not tables and len(lists) == 1:
         for n, row in read_jsonl(lists[0], problems):
             with _noting(problems):
                 pairs.append(listed_row(row, f"{lists[0]}:{n}", lists[0].parent))

@@ -123,8 +123,9 @@ class EditWriter:
 
 def read_captions(path: str | Path) -> Iterator[tuple[str, str | None]]:
     """(caption, url or None) of a file: .jsonl or .csv with the caption under "caption", "input" or "TEXT" and the address
-    under "url" or "URL", else plain text with a caption a line. Raises ValueError naming file and line."""
-    path = Path(path)
+    under "url" or "URL", else plain text with a caption a line. Blank ones are left out. Raises ValueError naming file and
+    line."""
+    path, names = Path(path), ("caption", "input", "TEXT")
     try:
         with open(path, encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None) as lines:
             if path.suffix not in (".jsonl", ".csv"):
@@ -132,9 +133,11 @@ def read_captions(path: str | Path) -> Iterator[tuple[str, str | None]]:
                 return
             rows = read_jsonl(path) if path.suffix == ".jsonl" else enumerate(csv.DictReader(lines), 2)
             for number, row in rows:
-                caption = first_text(row, "caption", "input", "TEXT")
-                if caption is None:
+                caption = first_text(row, *names)
+                if caption is None and not row.keys() & set(names):
                     raise ValueError(f"{path}:{number}: no caption under 'caption', 'input' or 'TEXT'")
+                if caption is None:                                             # a blank one
+                    continue
                 url = row.get("url", row.get("URL"))
                 yield " ".join(caption.split()), url and str(url)
     except (csv.Error, UnicodeDecodeError) as error:

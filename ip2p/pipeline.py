@@ -230,6 +230,8 @@ class InstructPix2Pix:
             if (shape[0], steps - first) != (len(control.source), len(control.self_steps)):
                 raise ValueError(f"this control is for {len(control.source)} prompts with one picture each in "
                                  f"{len(control.self_steps)} steps, got {shape[0]} in {steps - first}")
+            if not torch.is_tensor(cfg_text) and cfg_text == 0:
+                cfg_text = torch.zeros(shape[0], device=self.device)          # keeps the texts' branch, which is controlled
             run = ControlledRun(control, *shape[2:], self.device)
             predict, options = run.predicting(self.predict), dict(after_step=run.after_step)
         if first:

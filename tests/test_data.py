@@ -87,12 +87,12 @@ def test_split_is_the_published_one(published):
 @pytest.mark.parametrize("keys", [
     ("input_image", "edited_image", "edit_prompt"), ("source_img", "target_img", "instruction"), ("original_image", "edited_image", "edit_prompt"),
     ("input", "output", "edit"), ("input_image_file_name", "edited_image_file_name", "instruction")])
-@pytest.mark.parametrize("name", ["metadata.jsonl", "pairs.jsonl"])
-def test_folder_with_a_list(tmp_path, keys, name):
+@pytest.mark.parametrize("name, names", [("metadata.jsonl", "{}.png"), ("pairs.jsonl", "{}_0.jpg")])         # the latter: as published
+def test_folder_with_a_list(tmp_path, keys, name, names):
     (tmp_path / "a").mkdir()
     for i in range(3):
-        picture(10 * i).save(tmp_path / "a" / f"{i}.png")
-    rows = [dict(zip(keys, (f"a/{i}.png", f"a/{i + 1}.png", f"edit {i}"))) for i in range(2)]
+        picture(10 * i).save(tmp_path / "a" / names.format(i), "PNG")
+    rows = [dict(zip(keys, (f"a/{names.format(i)}", f"a/{names.format(i + 1)}", f"edit {i}"))) for i in range(2)]
     (tmp_path / name).write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     for path in (tmp_path, tmp_path / name):
         data = list(PairedDataset(path, "all", **SMALL))

@@ -70,11 +70,14 @@ def test_equal_prompts_give_equal_pictures(model):
 
 
 def test_control_without_guidance(model):
-    """At a scale of 1 the one evaluation is conditional, and controlled as the conditional half of two is."""
+    """At a scale of 1 the one evaluation is conditional, and controlled as the conditional half of two is; at 0 none counts that
+    is controlled."""
     prompts = ["a red cat", "a blue dog"]
-    control = prompt_to_prompt(model.tokenizer, prompts, T)
-    near, at = (generate(model, prompts, control, cfg_text=scale) for scale in (1 + 1e-6, 1.0))
-    assert np.abs(near - at).max() <= 1
+    control = prompt_to_prompt(model.tokenizer, prompts, T, equalizer={"blue": 8})
+    for scale in (0.0, 1.0):
+        near, at = (generate(model, prompts, control, cfg_text=s) for s in (scale + 1e-6, scale))
+        assert np.abs(near - at).max() <= 1
+    assert np.abs(at[0] - at[1]).mean() > 1
     assert np.abs(at[1] - generate(model, prompts, cfg_text=1.0)[1]).mean() > 1
 
 

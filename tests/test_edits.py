@@ -80,8 +80,8 @@ def test_bad_triples_are_reported_in_one_line(tmp_path, line, complaint):
 
 
 @pytest.mark.parametrize("name, text", [
-    ("c.txt", "a fox\n\n  a  cat \n"), ("c.csv", 'URL,TEXT\nhttp://x,a fox\n,"a\n cat"\n'),
-    ("c.jsonl", '{"caption": "a fox", "url": "http://x"}\n{"input": "a cat"}\n')])
+    ("c.txt", "a fox\n\n  a  cat \n"), ("c.csv", 'URL,TEXT\nhttp://x,a fox\nhttp://y,\n,"a\n cat"\n'),
+    ("c.jsonl", '{"caption": "a fox", "url": "http://x"}\n{"caption": " "}\n{"input": "a cat"}\n')])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 def test_captions_are_read_from_every_kind_of_file(tmp_path, name, text, encoding):
     (tmp_path / name).write_text(text, encoding)
