@@ -119,6 +119,7 @@ def train_clip(args, world):
 UNET = UNetConfig(in_channels=VAE.z_channels, out_channels=VAE.z_channels, model_channels=128, channel_mult=(1, 1, 1),
                   num_res_blocks=1, attention_levels=(True, True, True), context_dim=TEXT.width, num_heads=None,
                   head_channels=32)
+HARD = ("add", "add", "color", "size", "style")            # edits with two things, or one painted, tiny, huge or in a style
 
 
 def train_base(args, world):
@@ -139,10 +140,20 @@ def train_base(args, world):
     model = nn.ModuleDict(dict(unet=unet, text=text)).to(args.device, memory_format=args.layout)
     tokenizer = Tokenizer(TEXT)
 
-    def draw(start, count, split="train"):
-        pixels, captions = world.pictures(args.seed + 2, start, count, split)
+    def lesson(i):
+        """A scene and its caption. Every other one is hard: of a hard edit's two, the one with the longer caption."""
+        if i % 2:
+            return world.caption(args.seed + 2, i)
+        edit = world.edit(args.seed + 2, i, kind=HARD)
+        return max((edit.source, edit.caption), (edit.target, edit.edited_caption), key=lambda told: len(told[1]))
+
+    def draw(start, count):
+        scenes, captions = zip(*map(lesson, range(start, start + count)))
+        return encode(world.render(scenes)), list(captions)
+
+    def encode(pixels):
         with args.autocast():
-            return latent_moments(vae, pixels)[:, 0] * vae.config.scale_factor, captions
+            return latent_moments(vae, pixels)[:, 0] * vae.config.scale_factor
 
     pool = Pool(draw, args)
 
@@ -171,7 +182,8 @@ def train_base(args, world):
     round_as_stored(parts, small_dtype)
     sheet(args.out / "base" / "sheet-final.png")
     with torch.no_grad():
-        loss, _ = loss_fn(0, slice(None), draw(0, args.score_examples, "combinations"), dropout=0, timesteps="uniform")
+        pixels, captions = world.pictures(args.seed + 2, 0, args.score_examples, "combinations")
+        loss, _ = loss_fn(0, slice(None), (encode(pixels), captions), dropout=0, timesteps="uniform")
     record["held_out_loss"] = round(loss.item(), 4)
     record |= dict(cfg_text=args.cfg_text, autoencoder=history(read_state_dict(args.out / "vae.safetensors")[1]))
     record |= {"init": history(begun.metadata)} if args.init else {}
