@@ -120,10 +120,12 @@ def test_trajectories_are_guided_edits_from_start_to_end():
 # ---- the student
 
 def test_a_student_begins_as_its_teacher():
+    """To float32's rounding: what its new layer adds is zero, but some CPUs' kernels go by where weights lie in memory."""
     teacher, (x, t, context) = editor().unet, (noise(2, 8, 4, 4), torch.tensor([999, 124]), noise(2, 5, 64))
     student = make_student(teacher)
     with torch.no_grad():
-        assert torch.equal(student(x, t, context, condition=torch.rand(2, 3) * 1000), teacher(x, t, context))
+        ours, theirs = student(x, t, context, condition=torch.rand(2, 3) * 1000), teacher(x, t, context)
+    assert (ours - theirs).norm() < 2e-6 * theirs.norm()
     assert {p.shape for n, p in student.named_parameters() if n == "cond_proj.weight"} == {(32, COND_DIM)}
 
 

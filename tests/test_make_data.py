@@ -248,7 +248,7 @@ def test_filter_only_scores_again_only_with_a_clip(models, tmp_path, capsys, who
     scoring = ["--clip", str(models / "clip.safetensors"), "--device", "cpu"]
     assert make_data.run(["--filter-only", "--out", str(out), *LOOSE, *scoring]) == 0
     again = [rows(out / f"{i:07d}" / "metadata.jsonl")[0] for i in range(5)]
-    assert all(a["seed"] == b["seed"] and abs(a["clip_sim_dir"] - b["clip_sim_dir"]) < 1e-5 for a, b in zip(again, best))
+    assert all(a["seed"] == b["seed"] and abs(a["clip_sim_dir"] - b["clip_sim_dir"]) < 1e-4 for a, b in zip(again, best))
     assert make_data.run(["--check", str(out)]) == 0
 
 
