@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from . import low_memory
+from .attention import has_amx
 from .checkpoint import Parts, load_checkpoint, save_checkpoint
 from .cuda_graph import CUDAGraphed
 from .guidance import guidance_condition, instruct_denoiser, text_denoiser
@@ -50,7 +51,8 @@ class InstructPix2Pix:
         parts = load_checkpoint(path_or_repo_id, device=None if low_memory else device, dtype=dtype, vae=vae,
                                 parameterization=parameterization)
         model = cls(parts, device, low_memory)
-        if model.device.type == "cuda":                        # the memory layout that its convolutions compute in
+        tiled = model.device.type == "cpu" and dtype == torch.bfloat16 and has_amx()
+        if model.device.type == "cuda" or tiled:               # the memory layout that its convolutions compute in
             for part in (model.unet, model.vae):
                 part.to(memory_format=torch.channels_last)
         return model
