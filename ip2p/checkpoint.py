@@ -170,6 +170,7 @@ def _read_file(path, use_shared=True):
     unet, ema = _below(tensors, PREFIXES["unet"]), _below(tensors, "model_ema.")
     vae = _below(tensors, PREFIXES["vae"])
     hf, text = _below(tensors, "cond_stage_model.transformer."), _below(tensors, PREFIXES["text"])
+    scale = tensors.pop("scale_factor", None)                            # measured on the first batch of a run, not fixed
     if not unet:
         raise ValueError(f"{path}: holds no UNet (model.diffusion_model.*) among its {_some(names)} tensors")
     if tensors:
@@ -188,6 +189,10 @@ def _read_file(path, use_shared=True):
     if not all(isinstance(fields, dict) for fields in (*known.values(), shared, sums)) or not set(shared) <= set(MODELS):
         raise ValueError(f"{path}: its record of configurations is malformed")
     known["text"] = {**(SD2_TEXT if text else SD1_TEXT), **known["text"]}
+    if scale is not None:
+        if scale.numel() != 1:
+            raise ValueError(f"{path}: its scale_factor must be one number, got the shape {tuple(scale.shape)}")
+        known["vae"] = {"scale_factor": scale.item(), **known["vae"]}
     last = [f"transformer.resblocks.{i}.ln_1.weight" in text for i in (22, 23)]
     if last == [True, False] and "text" not in record:                   # Stable Diffusion 2's out of a diffusers folder, which
         known["text"]["skip_last"] = 0                                   # has left out the last layer already

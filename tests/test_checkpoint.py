@@ -184,6 +184,19 @@ def test_position_ids_of_any_kind_and_names_without_text_model(tmp_path):
     assert same_parts(load_checkpoint(tmp_path / "m.ckpt"), parts)
 
 
+def test_the_scale_of_the_latents_may_be_a_buffer(tmp_path):
+    """Latent diffusion's `scale_by_std` measures it on a run's first batch and stores it with the weights."""
+    parts = published_like("sd1")
+    state = public(parts) | {"scale_factor": torch.tensor(0.25)}
+    torch.save({"state_dict": state}, tmp_path / "m.ckpt")
+    parts.vae.config = replace(parts.vae.config, scale_factor=0.25)
+    assert same_parts(load_checkpoint(tmp_path / "m.ckpt"), parts)
+    for wrong, complaint in ((torch.ones(2), "scale_factor must be one number, got the shape (2,)"),
+                             (torch.tensor(-1.0), "scale_factor must be positive, got -1.0")):
+        torch.save(state | {"scale_factor": wrong}, tmp_path / "m.ckpt")
+        assert complaint in error_of(tmp_path / "m.ckpt")
+
+
 def test_ema_is_preferred_and_must_be_complete(tmp_path):
     parts, averaged = published_like("sd1"), published_like("sd1")
     randomised(averaged.unet, 99)
