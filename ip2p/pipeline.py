@@ -52,7 +52,7 @@ class InstructPix2Pix:
                                 parameterization=parameterization)
         model = cls(parts, device, low_memory)
         tiled = model.device.type == "cpu" and dtype == torch.bfloat16 and has_amx()
-        if model.device.type == "cuda" or tiled:               # the memory layout that its convolutions compute in
+        if model.device.type == "cuda" or tiled and not low_memory:      # the layout that its convolutions compute in; a copy
             for part in (model.unet, model.vae):
                 part.to(memory_format=torch.channels_last)
         return model

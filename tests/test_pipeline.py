@@ -44,6 +44,20 @@ def test_an_edit_in_half_precision_is_much_the_same(name):
     assert 0 < levels_apart(*edits).mean() < 1.8
 
 
+def test_convolutions_of_bf16_are_laid_out_for_amx(monkeypatch):
+    """Channels last where the CPU has AMX, which makes a copy of the weights, and so not with low memory. Either gives the
+    same picture but for the order of additions: 0.27 of 255 apart on average (measured)."""
+    file = ROOT / "weights/mini-ip2p-fast.safetensors"
+    load = lambda amx, **how: (monkeypatch.setattr("ip2p.pipeline.has_amx", lambda: amx), InstructPix2Pix.load(file, **how))[1]
+    half = dict(dtype=torch.bfloat16)
+    models = load(False, **half), load(True, **half)
+    weights = [model.unet.input_blocks[0][0].weight for model in (*models, load(True), load(True, **half, low_memory=True))]
+    assert [w.is_contiguous(memory_format=torch.channels_last) for w in weights] == [False, True, False, False]
+    plain, tiled = (model.edit(Image.open(ROOT / "ip2p/assets/examples/fox.png"), "make it night", progress=False)[0]
+                    for model in models)
+    assert levels_apart(plain, tiled).mean() < 0.5
+
+
 # ---- what is refused
 
 @pytest.mark.parametrize("wrong, words", [
