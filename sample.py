@@ -56,7 +56,7 @@ def main(args):
         print(f"model: the miniature, which knows only the toy world it was trained on; for photographs, pass --model {public}")
     args.device, args.dtype, dtype = choose_device(args.device, args.dtype)
     model = InstructPix2Pix.load(args.model, args.device, dtype, args.vae, parameterization=args.parameterization,
-                                 low_memory=args.low_memory)
+                                 ema=not args.no_ema, low_memory=args.low_memory)
     if args.method == "ip2p" and not model.is_editor:
         raise ValueError(f"{args.model}: not an editor: its UNet takes {model.unet.config.in_channels} channels, "
                          f"InstructPix2Pix's {2 * model.vae.config.z_channels}")
@@ -75,7 +75,7 @@ def main(args):
         record = settings | {name: getattr(args, name) for name in names}
     record |= dict(method=args.method, cfg_text=cfg_text if args.grid else cfg_text[0],
                    model=name_of(args.model), vae=args.vae and name_of(args.vae),
-                   parameterization=args.parameterization, dtype=args.dtype)
+                   parameterization=args.parameterization, dtype=args.dtype) | ({"no_ema": True} if args.no_ema else {})
     print(" ".join(f"{k}={v!r}" for k, v in record.items()), f"seed={args.seed} device={args.device}", flush=True)
     note_prompts(model.tokenizer, args)
     if args.compile:
@@ -267,6 +267,8 @@ def parse(argv=None):
          "weights/mini-ip2p-fast.safetensors, the distilled miniature; weights/mini-sd.safetensors for other methods)")
     flag("--vae", help="a file or folder with another autoencoder (default: the model's own)")
     flag("--parameterization", **PARAMETERIZATION)
+    flag("--no-ema", action="store_true", help="leave a checkpoint's averaged weights alone, for merges of models that still "
+         "hold those of one of the models (default: take them)")
     flag("--output", type=named_path, default="outputs", help="a folder, where results get names like fox-make-it-night.png that are not taken "
          "yet; or a .png, .jpg or .webp file, for a single result (default: %(default)s)")
     flag("--steps", type=within(int, 1, 1000), help="of the sampler (default: the model's own, else 20)")

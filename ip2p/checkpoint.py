@@ -57,18 +57,18 @@ class Found:
 
 # ---- in ----
 
-def load_checkpoint(path, *, device=None, dtype=None, vae=None, parameterization=None) -> Parts:
+def load_checkpoint(path, *, device=None, dtype=None, vae=None, parameterization=None, ema=True) -> Parts:
     """Opens a checkpoint: a file, a diffusers folder, or a Hugging Face id "name/model".
 
     device: where to put the models (None leaves them on the CPU, memory-mapped); dtype: None for float32.
     vae: a file or folder whose VAE is used instead of the checkpoint's. parameterization: "eps" or "v", where the file does
-    not say or is wrong.
+    not say or is wrong. ema: take a file's averaged weights where it holds them, as the original does.
     Raises ValueError, one line naming the file, for anything that is not a complete checkpoint.
     """
     if parameterization not in (None, *PREDICTION):
         raise ValueError(f'parameterization must be "eps" or "v", got {parameterization!r}')
     local = _locate(path)
-    found = Found(*read_folder(local)) if local.is_dir() else _read_file(local)
+    found = Found(*read_folder(local)) if local.is_dir() else _read_file(local, ema=ema)
     if vae is not None:
         found.tensors["vae"], found.known["vae"] = _read_vae(_locate(vae))
     for part in ("vae", "text"):
@@ -123,14 +123,19 @@ def _locate(path):
             weights = [f"{stem}{ending}" for stem in stems for ending in
                        (f"{variant}.{kind}", f"{variant}-0*.{kind}", f".{kind}.index{variant}.json")]
             local = Path(huggingface_hub.snapshot_download(str(path), allow_patterns=configs + weights))
+            if not local.is_dir():
+                break
             parts = [part for name in ("unet", "vae", "text_encoder") if (part := local / name).is_dir()] or [local]
             if all(any(file.suffix in (".safetensors", ".bin") for file in part.iterdir()) for part in parts):
                 break
-        return local
     except Exception as error:                           # offline, not found, gated, no huggingface_hub, ...
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ValueError(f"{path}: no such file or folder, and fetching it from Hugging Face failed "
                          f"({type(error).__name__}: {reason}); the path of a local copy works too") from error
+    if not local.is_dir():                               # none of the patterns matched
+        raise ValueError(f"{path}: holds no diffusers folder on Hugging Face; download its .safetensors or .ckpt file, and give "
+                         f"the path of that")
+    return local
 
 
 def _below(tensors, prefix):
@@ -153,37 +158,40 @@ def checksum(tensors: keys.Tensors) -> int:
 
 def _check_kind(path, names):
     """ValueError for files of other kinds that are taken for a checkpoint, by what only their tensors are called."""
-    kinds = {"a LoRA": "lora", "of Stable Diffusion XL": "conditioner.embedders.", "of Stable Diffusion 3": ".joint_blocks."}
+    kinds = {"a LoRA": "lora", "of Stable Diffusion XL": "conditioner.embedders.1.", "of Stable Diffusion 3": ".joint_blocks."}
+    whole = any(name == f"{PREFIXES['unet']}out.2.weight" for name in names)
     for kind, mark in kinds.items():
-        if any(mark in name for name in names):
+        if any(mark in name for name in names) and not (whole and kind == "a LoRA"):      # a merge may have left its keys
             raise ValueError(f"{path}: is {kind}; needed a whole checkpoint of Stable Diffusion 1 or 2, or of an editor made from one")
 
 
-def _read_file(path, use_shared=True):
-    """A single file in the original's layout."""
+def _read_file(path, use_shared=True, ema=True):
+    """A single file in the original's layout; ema: with its averaged weights, if it holds them."""
     tensors, record = read_state_dict(path)
     if all(name.startswith("module.") for name in tensors):              # saved from DistributedDataParallel
         tensors = _below(tensors, "module.")
     tensors = {name: tensor for name, tensor in tensors.items() if not IGNORED.fullmatch(name)}
     names = list(tensors)
     _check_kind(path, names)
-    unet, ema = _below(tensors, PREFIXES["unet"]), _below(tensors, "model_ema.")
+    unet, copies = _below(tensors, PREFIXES["unet"]), _below(tensors, "model_ema.")
     vae = _below(tensors, PREFIXES["vae"])
     hf, text = _below(tensors, "cond_stage_model.transformer."), _below(tensors, PREFIXES["text"])
     scale = tensors.pop("scale_factor", None)                            # measured on the first batch of a run, not fixed
     if not unet:
         raise ValueError(f"{path}: holds no UNet (model.diffusion_model.*) among its {_some(names)} tensors")
-    if tensors:
-        raise ValueError(f"{path}: unknown keys: {_some(tensors)}")
+    if unknown := [name for name in tensors if name.startswith(("model.", "first_stage_model.", "cond_stage_model."))]:
+        raise ValueError(f"{path}: unknown keys: {_some(unknown)}")
+    if tensors:                                                          # of trainers, or left by a merge of models
+        print(f"ip2p: {path}: ignored what is no part of Stable Diffusion: {_some(tensors)}", file=sys.stderr)
     if hf and text:
         raise ValueError(f"{path}: holds two text encoders (cond_stage_model.transformer.* and cond_stage_model.model.*)")
-    if ema:                                                              # what the original samples with
-        averaged = {name: ema.pop(keys.ema_name(name).removeprefix("model_ema."), None) for name in unet}
-        if missing := [name for name, tensor in averaged.items() if tensor is None]:
-            raise ValueError(f"{path}: its EMA copy lacks keys: {_some(map(keys.ema_name, missing))}")
-        if ema:
-            raise ValueError(f"{path}: unknown EMA keys: {_some(ema)}")
-        unet = averaged
+    if copies and ema:                                                   # what the original samples with
+        averaged = {name: copies.get(keys.ema_name(name).removeprefix("model_ema.")) for name in unet}
+        if len(copies) == len(unet) and all(t is not None and t.shape == unet[name].shape for name, t in averaged.items()):
+            unet = averaged
+        else:
+            print(f"ip2p: {path}: ignored its averaged weights (EMA), which do not fit the others; a merge of models may have "
+                  f"left them", file=sys.stderr)
     known = {part: record.get(part, {}) for part in MODELS}
     shared, sums = record.get("shared", {}), record.get("shared_sums", {})
     if not all(isinstance(fields, dict) for fields in (*known.values(), shared, sums)) or not set(shared) <= set(MODELS):
@@ -196,7 +204,7 @@ def _read_file(path, use_shared=True):
     last = [f"transformer.resblocks.{i}.ln_1.weight" in text for i in (22, 23)]
     if last == [True, False] and "text" not in record:                   # Stable Diffusion 2's out of a diffusers folder, which
         known["text"]["skip_last"] = 0                                   # has left out the last layer already
-    found = Found({"unet": unet, "vae": vae, "text": text or keys.text_from_hf(hf)}, known, record,
+    found = Found({"unet": unet, "vae": keys.vae_from_diffusers(vae), "text": text or keys.text_from_hf(hf)}, known, record,
                   record.get("parameterization"), record.get("image_size"))
     for part, name in shared.items() if use_shared else ():
         sibling = path.parent / Path(str(name)).name                          # a plain name: nothing outside of the folder

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import random
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Iterator
 
@@ -88,15 +88,24 @@ class PairedDataset(torch.utils.data.Dataset):
         return *(pixels.flip(2) if mirror else pixels for pixels in both), instruction
 
     def whole_example(self, epoch: int, index: int) -> tuple[tuple, list[str]]:
-        """The example of an epoch, or the next one whose files can be read; and what is wrong with those before it.
-        ValueError if none can be."""
+        """The example of an epoch, or the first of its stand-ins whose files can be read; and what is wrong with those
+        before it. ValueError if none can be."""
         complaints = []
-        for i in range(len(self)):
+        for i in chain([index], self.stand_ins(epoch, index)):
             try:
-                return self.example(epoch, (index + i) % len(self)), complaints
+                return self.example(epoch, i), complaints
             except ValueError as error:
                 complaints.append(str(error))
         raise ValueError(f"no pair can be read; the first: {complaints[0]}" if complaints else "a data set without pairs")
+
+    def stand_ins(self, epoch: int, index: int) -> Iterator[int]:
+        """All indices, in an order of its own for each example: what takes the place of one that cannot be read. So where
+        many are missing in a row, no single other comes in place of all."""
+        rng, count = random.Random(f"{self.seed}/{epoch}/{index}/stand-ins"), len(self)
+        first, stride = rng.randrange(count), rng.randrange(1, count + 1)
+        while math.gcd(stride, count) > 1:
+            stride = rng.randrange(1, count + 1)
+        return ((first + i * stride) % count for i in range(count))
 
     def fingerprint(self, look=True) -> str:
         """A hash of what the examples depend on: the settings, the instructions and names of the files; look: and what their

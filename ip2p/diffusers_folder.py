@@ -4,6 +4,7 @@ The configs say what the tensors cannot (heads, norm groups, the latents' scale)
 config asks for that the models here do not do is an error.
 """
 import json
+import re
 from pathlib import Path
 
 from . import keys
@@ -59,7 +60,10 @@ def _read_unet(folder):
         else:
             raise ValueError(f"{folder}: heads of {heads} are neither equally many nor equally wide at every level")
         known["norm_groups"] = config.get("norm_num_groups", 32)
-    return keys.unet_from_diffusers(_weights(folder)), known, config.get("sample_size")
+    size = config.get("sample_size")
+    if isinstance(size, int) and re.match(r"0\.[0-8]\.", str(config.get("_diffusers_version"))):
+        size = max(size, 64)                             # before 0.9 they wrote 32 whatever the size, as diffusers knows too
+    return keys.unet_from_diffusers(_weights(folder)), known, size
 
 
 def read_vae(folder: Path):

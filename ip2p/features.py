@@ -210,14 +210,14 @@ class CachedPairs:
         self.index = np.fromfile(self._path("index.i32"), np.int32)
         self.latents = np.memmap(self._path("latents.f16"), np.float16, "r", shape=(len(self.index), *self.shape))
         self.texts = self._read_texts()
-        self.row = np.empty((self.views, N), np.int64)                   # of an example, or of the next that is whole
+        self.row = np.arange(self.views * N).reshape(self.views, N)      # of an example, or of its stand-in
         for view, index in enumerate(self.index.reshape(self.views, N)):
-            whole = np.flatnonzero(index >= 0)
-            complaints = [self._complaint(view * N + broken) for broken in np.flatnonzero(index < 0).tolist()]
-            self.skipped.note(list(filter(None, complaints)))
-            if not len(whole):
+            broken = np.flatnonzero(index < 0).tolist()
+            self.skipped.note(list(filter(None, (self._complaint(view * N + i) for i in broken))))
+            if len(broken) == N:
                 raise ValueError(f"no pair can be read; the first: {min(self.skipped)}")
-            self.row[view] = view * N + whole[np.searchsorted(whole, np.arange(N)) % len(whole)]
+            for i in broken:
+                self.row[view, i] = view * N + next(j for j in self.data.stand_ins(view, i) if index[j] >= 0)
         if self.encode_text:
             self.contexts = np.memmap(self._path("contexts.f16"), np.float16, "r", shape=(len(self.texts), *self.text_shape))
 

@@ -39,17 +39,18 @@ class InstructPix2Pix:
         self.alphas_cumprod = make_alphas_cumprod().to(self.device)
 
     @classmethod
-    def load(cls, path_or_repo_id, device=None, dtype=None, vae=None, *, parameterization=None, low_memory=False):
+    def load(cls, path_or_repo_id, device=None, dtype=None, vae=None, *, parameterization=None, ema=True, low_memory=False):
         """Open a checkpoint: a .safetensors or .ckpt file, a diffusers folder, or the id of one on the hub.
 
         device, dtype: where the weights go and as what; CPU and float32 if not given. vae: a separate autoencoder file.
         parameterization: "eps" or "v", what the UNet predicts; read or guessed if not given.
+        ema: take a file's averaged weights where it holds them; merges of models may hold those of one of the models.
         low_memory: the parts stay on the CPU and visit the device in turn; the autoencoder works in strips of rows, and the
         guidance branches of an edit run one after another. Slower; the results are the same up to rounding.
         Raises a one-line ValueError if the file is missing, damaged or not such a model.
         """
         parts = load_checkpoint(path_or_repo_id, device=None if low_memory else device, dtype=dtype, vae=vae,
-                                parameterization=parameterization)
+                                parameterization=parameterization, ema=ema)
         model = cls(parts, device, low_memory)
         tiled = model.device.type == "cpu" and dtype == torch.bfloat16 and has_amx()
         if model.device.type == "cuda" or tiled and not low_memory:      # the layout that its convolutions compute in; a copy

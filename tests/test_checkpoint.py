@@ -197,7 +197,25 @@ def test_the_scale_of_the_latents_may_be_a_buffer(tmp_path):
         assert complaint in error_of(tmp_path / "m.ckpt")
 
 
-def test_ema_is_preferred_and_must_be_complete(tmp_path):
+def test_what_a_merge_of_models_leaves_is_ignored_and_said(tmp_path, capsys):
+    parts = published_like("sd1")
+    state = public(parts) | {f"{name}.weight": torch.ones(2) for name in ("lora_unet_mid", "control_model.out.0", "embedding_manager.x")}
+    torch.save({"state_dict": state}, tmp_path / "m.ckpt")
+    assert same_parts(load_checkpoint(tmp_path / "m.ckpt"), parts)
+    assert "ignored what is no part of Stable Diffusion: 3 (control_model.out.0.weight, " in capsys.readouterr().err
+
+
+def test_attention_of_an_autoencoder_as_matrices(tmp_path):
+    """As converters write it that forget the original's 1 x 1 convolutions."""
+    parts = published_like("sd1")
+    state = {name: tensor[:, :, 0, 0] if ".mid.attn_1." in name and tensor.ndim == 4 else tensor
+             for name, tensor in public(parts).items()}
+    assert sum(tensor.ndim == 2 for name, tensor in state.items() if name.startswith("first_stage_model")) == 8
+    torch.save({"state_dict": state}, tmp_path / "m.ckpt")
+    assert same_parts(load_checkpoint(tmp_path / "m.ckpt"), parts)
+
+
+def test_ema_is_preferred_if_it_fits(tmp_path, capsys):
     parts, averaged = published_like("sd1"), published_like("sd1")
     randomised(averaged.unet, 99)
     ema = {"model_ema." + f"diffusion_model.{k}".replace(".", ""): v for k, v in averaged.unet.state_dict().items()}
@@ -206,11 +224,14 @@ def test_ema_is_preferred_and_must_be_complete(tmp_path):
     path = tmp_path / "m.ckpt"
     torch.save({"state_dict": public(parts) | ema}, path)
     assert same(load_checkpoint(path).unet, averaged.unet)
+    assert same(load_checkpoint(path, ema=False).unet, parts.unet)
+    assert capsys.readouterr().err == ""
     less = {k: v for k, v in ema.items() if not k.startswith("model_ema.diffusion_modeltime_embed")}
-    torch.save({"state_dict": public(parts) | less}, path)
-    assert "EMA copy lacks keys: 4 (model_ema.diffusion_modeltime_embed0bias" in error_of(path)
-    torch.save({"state_dict": public(parts) | ema | {"model_ema.odd": torch.ones(1)}}, path)
-    assert "unknown EMA keys: 1 (odd)" in error_of(path)
+    name = "model_ema.diffusion_modelinput_blocks00weight"                      # of a text-to-image model, before it was widened
+    for other in (less, ema | {"model_ema.odd": torch.ones(1)}, ema | {name: ema[name][:, :2]}):
+        torch.save({"state_dict": public(parts) | other}, path)
+        assert same(load_checkpoint(path).unet, parts.unet)
+        assert f"{path}: ignored its averaged weights (EMA), which do not fit the others" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -346,6 +367,16 @@ def test_parameterization_and_size_are_told_or_guessed(tmp_path, capsys):
         assert f"{name} must be" in error_of(path)
 
 
+def test_sample_size_of_old_folders_means_nothing(tmp_path, saved):
+    """Before 0.9 diffusers wrote 32 in every folder, and later versions take 64 for it."""
+    shutil.copytree(saved[2], tmp_path / "folder")
+    config = tmp_path / "folder/unet/config.json"
+    told, cell = json.loads(config.read_text()), 2 ** (len(saved[0].vae.config.channel_mult) - 1)
+    for version, side in (("0.6.0", 64), ("0.8.1", 64), ("0.9.0", 32), ("0.42.1", 32)):
+        config.write_text(json.dumps(told | {"sample_size": 32, "_diffusers_version": version}))
+        assert load_checkpoint(tmp_path / "folder").image_size == side * cell
+
+
 # ---- memory and randomness ----
 
 def test_opening_draws_no_random_numbers_and_copies_nothing(tmp_path, saved):
@@ -419,6 +450,8 @@ def test_hub_ids(tmp_path, saved, monkeypatch):
     monkeypatch.setattr(hub, "snapshot_download", offline)
     message = error_of("timbrooks/instruct-pix2pix")
     assert "timbrooks/instruct-pix2pix" in message and "no route to host" in message and "local copy" in message
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(tmp_path / "never made"))
+    assert "holds no diffusers folder on Hugging Face; download its .safetensors" in error_of("timbrooks/instruct-pix2pix")
     monkeypatch.setattr(hub, "snapshot_download", half_only)
     assert same_parts(load_checkpoint("timbrooks/instruct-pix2pix"), saved[0])
     assert len(asked) == 2 and not any(p.startswith("safety_checker") or p.endswith((".bin", ".ckpt")) for p in asked[0])

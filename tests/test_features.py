@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -61,8 +62,8 @@ def pairs(tmp_path):
 
 @pytest.mark.parametrize("broken", [(), (4, 5, 20)])
 def test_cached_pairs_are_the_live_ones(tmp_path, broken):
-    """Of the first epochs, of which there are as many as views, bit for bit: also where pictures cannot be read, and the
-    next ones take their place."""
+    """Of the first epochs, of which there are as many as views, bit for bit: also where pictures cannot be read, and
+    others take their place."""
     path = write_pairs(tmp_path / "set", broken=broken)
     cached = open_cache(path, tmp_path / "cache")
     rows = [slice(0, 1), slice(1, 4)]
@@ -74,6 +75,17 @@ def test_cached_pairs_are_the_live_ones(tmp_path, broken):
             assert torch.equal(a[2], encode_text(b[2]))
     assert len(cached.skipped) == len(broken) and live.skipped == cached.skipped
     assert all("1_1.jpg: not a picture" in complaint for complaint in live.skipped)
+
+
+def test_no_single_pair_stands_in_for_all_that_are_missing(tmp_path):
+    """Half of the set is missing in a row, as when one of the published files was not downloaded."""
+    path = write_pairs(tmp_path / "set", count=40, broken=range(10, 30))
+    cached, data = open_cache(path, tmp_path / "cache"), open_data(path)
+    for epoch, rows in enumerate(cached.row):
+        assert sorted(data.stand_ins(epoch, 12)) == list(range(40))                       # every other is tried
+        chosen = Counter((rows - 40 * epoch).tolist())
+        assert not set(chosen) & set(range(10, 30)) and sum(chosen.values()) == 40
+        assert len(chosen) > 12 and max(chosen.values()) <= 6                             # of 20, each is due twice
 
 
 def test_what_is_skipped_is_counted_over_processes_and_stops(tmp_path):

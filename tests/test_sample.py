@@ -9,13 +9,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from checkpoints import tiny
 from pictures import colors
 from PIL import Image
 
 from ip2p import InstructPix2Pix, prompt_to_prompt
-from ip2p.checkpoint import Parts, load_checkpoint, save_checkpoint
+from ip2p.checkpoint import Parts, load_checkpoint, read_state_dict, save_checkpoint
 from ip2p.grid import grid_sheet
 from ip2p.images import open_image, to_images, to_pixels
+from ip2p.keys import ema_name
 from ip2p.samplers import SAMPLERS
 from ip2p.text import TextConfig, TextEncoder
 from ip2p.unet import UNet, UNetConfig
@@ -324,6 +326,19 @@ def test_a_model_may_predict_something_else_than_its_file_says(cli, model):
     for kind, picture in zip(("eps", "v"), told):
         assert np.array_equal(picture, plain) == (kind == own)
     assert record(cli("--parameterization", "v").files[0])["parameterization"] == "v"
+
+
+def test_averaged_weights_can_be_left_alone(cli, tmp_path):
+    """A checkpoint with an average, as a merge of models may have kept that of one of them."""
+    parts = tiny("sd1")
+    save_checkpoint(parts, tmp_path / "m.safetensors")
+    state, record_of = read_state_dict(tmp_path / "m.safetensors")
+    averaged = {ema_name(name): 0.9 * weight for name, weight in parts.unet.state_dict().items()}
+    torch.save({"state_dict": state | averaged, "ip2p": record_of}, tmp_path / "m.ckpt")
+    last, average, left = (cli("--model", tmp_path / name, *flags).files[0] for name, flags in
+                           (("m.safetensors", ()), ("m.ckpt", ()), ("m.ckpt", ("--no-ema",))))
+    assert np.array_equal(pixels(last), pixels(left)) and not np.array_equal(pixels(last), pixels(average))
+    assert record(left)["no_ema"] and "no_ema" not in record(average)
 
 
 def test_samplers_are_those_of_the_library(cli):
