@@ -6,7 +6,7 @@ Three layouts are read:
 - a folder with one .jsonl file (or that file's path): a line names an input picture, an edited picture, both relative to
   the file, and an instruction, under any of the names in KEYS;
 - Parquet files as on the Hugging Face hub, one or a folder of them: the same names are columns, pictures {bytes, path}.
-  They are held in memory as encoded as they are. Where some are named train-*, the others are left alone.
+  They are held in memory. Where some are named train-*, the others are left alone.
 """
 import copy
 import hashlib
@@ -201,9 +201,14 @@ class EncodedPicture(io.BytesIO):
 
 
 class ParquetTables:
-    """Rows of Parquet files. Pictures open anew whenever they are asked for."""
+    """Rows of Parquet files, held in memory as encoded as they are. Pictures open anew whenever they are asked for."""
 
     def __init__(self, paths):
+        size = sum(path.stat().st_size for path in paths if path.exists())
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if size > memory:                                 # before hours of reading end in the system's killing the process
+            raise ValueError(f"{paths[0].parent}: {size / 1e9:.3g} GB of Parquet files, which every process holds in memory, and "
+                             f"there are {memory / 1e9:.3g} GB; needed pictures in files, in the published layout or with a .jsonl")
         self.rows = [row for path in paths for row in self._read(path)]
 
     def _read(self, path):

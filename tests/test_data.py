@@ -101,7 +101,7 @@ def test_folder_with_a_list(tmp_path, keys, name, names):
 
 
 @pytest.mark.parametrize("first", ["input_image", "original_image"])
-def test_parquet_with_the_hubs_columns(tmp_path, first):
+def test_parquet_with_the_hubs_columns(tmp_path, monkeypatch, first):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 
     def encoded(value):
@@ -125,6 +125,11 @@ def test_parquet_with_the_hubs_columns(tmp_path, first):
     data.pairs.rows[1] = (*data.pairs.rows[1][:1], b"\x89PNG torn", *data.pairs.rows[1][2:])
     with pytest.raises(ValueError, match=r"train-0.parquet, row 1, input: "):
         data[1]
+    size = sum(table.stat().st_size for table in (tmp_path / "data").glob("train-*"))
+    monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": size - 1}.get)
+    with pytest.raises(ValueError, match="GB of Parquet files, which every process holds in memory, and there are"):
+        PairedDataset(tmp_path)
+    monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": size}.get)
     (tmp_path / "x.parquet").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="x.parquet: not a Parquet file"):
         PairedDataset(tmp_path / "x.parquet")
