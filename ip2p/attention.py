@@ -154,8 +154,8 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(BasicTransformerBlock(channels, context_dim, heads) for _ in range(depth))
         self.proj_out = projection()
 
-    def forward(self, x: Tensor, context: Tensor, control: Callable | None = None) -> Tensor:
-        """x: (B, C, H, W); context: (B, M, context_dim). Returns (B, C, H, W)."""
+    def forward(self, x: Tensor, context: Tensor | dict, control: Callable | None = None) -> Tensor:
+        """x: (B, C, H, W); context: (B, M, context_dim), or what `UNet.read_text` makes of it. Returns (B, C, H, W)."""
         H, W = x.shape[2:]
         h = project(self.proj_in, self.norm(x).flatten(2).mT)     # (B, H*W, C)
         for block in self.transformer_blocks:

@@ -158,10 +158,11 @@ def checksum(tensors: keys.Tensors) -> int:
 
 def _check_kind(path, names):
     """ValueError for files of other kinds that are taken for a checkpoint, by what only their tensors are called."""
-    kinds = {"a LoRA": "lora", "of Stable Diffusion XL": "conditioner.embedders.1.", "of Stable Diffusion 3": ".joint_blocks."}
-    whole = any(name == f"{PREFIXES['unet']}out.2.weight" for name in names)
+    kinds = {"of Stable Diffusion XL": "conditioner.embedders.1.", "of Stable Diffusion 3": ".joint_blocks."}
+    if not any(name.startswith(PREFIXES["unet"]) for name in names):     # else a merge has left a LoRA's keys
+        kinds["a LoRA"] = "lora"
     for kind, mark in kinds.items():
-        if any(mark in name for name in names) and not (whole and kind == "a LoRA"):      # a merge may have left its keys
+        if any(mark in name for name in names):
             raise ValueError(f"{path}: is {kind}; needed a whole checkpoint of Stable Diffusion 1 or 2, or of an editor made from one")
 
 

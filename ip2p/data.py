@@ -206,7 +206,7 @@ class ParquetTables:
     def __init__(self, paths):
         size = sum(path.stat().st_size for path in paths if path.exists())
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if size > memory:                                 # before hours of reading end in the system's killing the process
+        if size > memory:                                 # or the system would kill the process, after hours of reading
             raise ValueError(f"{paths[0].parent}: {size / 1e9:.3g} GB of Parquet files, which every process holds in memory, and "
                              f"there are {memory / 1e9:.3g} GB; needed pictures in files, in the published layout or with a .jsonl")
         self.rows = [row for path in paths for row in self._read(path)]

@@ -21,8 +21,8 @@ def instruct_denoiser(predict: Callable, context: Tensor, null_context: Tensor, 
     of each for every picture, (B,).
     read_text: turns the contexts of all branches, once, into what `predict` takes in their place.
     Each step evaluates [text + image, image, nothing] in one batch, or one_by_one, in less memory. Where a branch's weight
-    is zero it is left out: s_I = 1 drops "nothing" (two evaluations), s_T = s_I drops "image" (two), and s_T = s_I = 1
-    leaves one.
+    is zero it is left out: s_I = 1 drops "nothing" (two evaluations), s_T = s_I drops "image" (two), s_T = 0 drops
+    "text + image" (two), and s_T = s_I = 1 leaves one.
     """
     null_context = null_context.expand_as(context)
     branches = [(cfg_text, context, image_latents),                         # Eq. 3, its terms collected: (weight, text, image)

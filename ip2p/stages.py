@@ -123,8 +123,8 @@ def is_settling(step, args):
 
 
 def diffusion_loss(model, x0, context, t, noise, parameterization, image_latents=None):
-    """Mean squared error of the predicted eps (arXiv:2211.09800, Eq. 1), or of v. x0, noise, image_latents: (B, z, h, w);
-    t: (B,)."""
+    """Mean squared error of the predicted eps (arXiv:2211.09800, Eq. 1), or of v. x0, noise, image_latents: (B, z, h, w), x0
+    scaled to unit variance, image_latents as the model takes them, in InstructPix2Pix not scaled; t: (B,)."""
     alphas_cumprod = alphas_on(x0.device)
     x = add_noise(x0, noise, t, alphas_cumprod)
     x = x if image_latents is None else torch.cat([x, image_latents], 1)
