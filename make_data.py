@@ -9,6 +9,7 @@ is repeated. OUT holds a folder for each prompt: prompt.json, {seed}_0.jpg and {
 metadata.jsonl; samples.jsonl has the scores of all that was drawn, rest/ such pictures as are stored without being kept.
 """
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -19,15 +20,15 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from ip2p.command_line import DEVICE, PARAMETERIZATION, SEEDS, WEIGHTS, Parser, exit_status, named_path, within
-from ip2p.data import (find_pictures, keep_pictures, list_seeds, prompt_texts, read_json, read_jsonl, write_file, write_rows,
-                       write_sheet)
+from ip2p.command_line import DEVICE, PARAMETERIZATION, SEEDS, WEIGHTS, Parser, exit_status, make_writable, named_path, within
+from ip2p.data import (find_pictures, keep_pictures, list_seeds, list_tables, prompt_texts, read_json, read_jsonl, write_file,
+                       write_rows, write_sheet)
 from ip2p.distributed import DTYPES, choose_device, locked
 from ip2p.features import hash_weights
 from ip2p.images import open_image, to_images, to_pixels
@@ -46,20 +47,20 @@ def main(args):
     args.device, args.dtype, args.torch_dtype = choose_device(args.device, args.dtype)
     if args.calibrate:
         return calibrate(args)
-    if args.filter_only and not any(args.out.glob("*/prompt.json")):
-        raise ValueError(f"{args.out} holds no pairs to filter")
-
-    args.out.mkdir(parents=True, exist_ok=True)
+    check_folder(args)
     args.scratch = args.out / ".shard-{}-of-{}.tmp".format(*args.shard)      # everything unfinished is in here
     with holding(args.scratch):
         if args.filter_only:
             done = filter_pairs(args)
         else:
-            if not (args.prompts_file or args.pairs_only):
-                write_edits(args)
+            written = args.prompts_file or args.pairs_only
+            prompts, captions = (read_prompts(args), None) if written else (None, open_captions(args))
+            tools = None if args.edits_only else load_tools(args)         # what cannot work ends here, before edits are written
+            if not written:
+                write_edits(args, captions)
             if args.edits_only:
                 return 0
-            done = draw_pairs(args)
+            done = draw_pairs(args, prompts or read_prompts(args), *tools)
 
     seeds = read_json(args.out / "seeds.json")
     print("{prompts} prompts, {samples} pairs in {seconds:.0f} s, {rate:.2f} pairs/s; {kept} kept ({share:.0%})".format(
@@ -67,7 +68,24 @@ def main(args):
     print(f"{args.out} holds {sum(len(found) for _, found in seeds)} pairs of {len(seeds)} prompts; see its sheet.png")
     if seeds:
         print(f"python train.py --stage edit --data {args.out}")
+    elif args.pairs_only:
+        print(f"python make_data.py --filter-only --out {args.out}")
+    else:
+        print(f"none passed: their scores are in {args.out}/*/samples.jsonl, and --filter-only takes other thresholds")
     return 0
+
+
+def check_folder(args):
+    """Create OUT. ValueError if that cannot be, if it holds nothing to filter, or a data set in another layout, which the
+    seeds.json of this one would hide."""
+    out = args.out
+    if args.filter_only and not any(out.glob("*/prompt.json")):
+        raise ValueError(f"{out} holds no pairs to filter")
+    make_writable(out, f"--out {out}")
+    ours = [out / "edits.jsonl", out / "edits.rejected.jsonl", *map(Path, filter(None, (args.prompts_file, args.captions)))]
+    others = [path for path in (*list_tables(out), *sorted(out.glob("*.jsonl"))) if path not in ours]
+    if others and not any((out / name).exists() for name in ("seeds.json", "settings.json", "edits.json")):
+        raise ValueError(f"{out} holds other data, {others[0].name}: give another --out")
 
 
 @contextmanager
@@ -85,60 +103,90 @@ def holding(scratch):
 
 # ---- captions to edits
 
-def write_edits(args):
+def open_captions(args):
+    """The captions that edits are to be written for. ValueError if there are none, or none that can be read."""
+    from ip2p.edits import read_captions, world_captions
+    from ip2p.world import World
+    if not args.captions:
+        return world_captions(World(), args.seed)
+    if not Path(args.captions).is_file():
+        raise ValueError(f"--captions {args.captions}: no such file")
+    captions = read_captions(args.captions)
+    first = next(captions, None)
+    if first is None:
+        raise ValueError(f"--captions {args.captions}: holds no captions")
+    return chain([first], captions)
+
+
+def write_edits(args, captions):
     """OUT/edits.jsonl, by the language model. Of several shards the first writes, the others wait for edits.json."""
-    from ip2p.edits import EditWriter, generate_edits, read_captions, world_captions
+    from ip2p.edits import EditWriter, generate_edits, rejected_path
     from ip2p.world import World
     from ip2p.world_reader import read
     settings = dict(num_captions=args.num_captions, captions=args.captions or "the world's", gpt=Path(args.gpt).name,
                     seed=args.seed)
+    growing = hash_beginning(args.captions) if args.captions else {}
     path = args.out / "edits.json"
 
     def is_written():
         """Whether edits.json was written with these settings."""
-        return path.exists() and settings.items() <= read_json(path).items()
+        return path.exists() and (settings | growing).items() <= read_json(path).items()
 
     old = read_json(path) if path.exists() else settings
     if changed := [f"{k} was {old.get(k)}, now {v}" for k, v in settings.items() if k != "num_captions" and old.get(k) != v]:
         raise ValueError(f"{args.out} holds edits made with other settings ({'; '.join(changed)}): give another --out")
+    known = {name: old[name] for name in growing if name in old}
+    if known and known != hash_beginning(args.captions, known["captions_bytes"]):
+        raise ValueError(f"{args.out} holds edits of what {args.captions} was before it changed; new captions may only follow "
+                         f"the old ones: give another --out")
     if args.shard[0] and not is_written():
         print(f"waiting for {path}, which shard 0/{args.shard[1]} writes", flush=True)
         while not is_written():
             time.sleep(1)
     if is_written():
         return
-    if args.captions:
-        captions, admit = read_captions(args.captions), None
-    else:
-        world = World()
-        captions = world_captions(world, args.seed)
+    world, edits = World(), args.out / "edits.jsonl"
 
-        def admit(output):
-            """No held-out scene may be learned from."""
-            scene = read(output)
-            return scene is None or not world.holds_out(scene)
-    report = generate_edits(EditWriter.load(args.gpt, args.device), captions, args.out / "edits.jsonl", seed=args.seed,
-                            count=args.num_captions, admit=admit)
-    write_file(path, json.dumps(settings | report, indent=1, ensure_ascii=False), args.scratch)
+    def admit(output):
+        """No held-out scene may be learned from."""
+        scene = read(output)
+        return scene is None or not world.holds_out(scene)
+    report = generate_edits(EditWriter.load(args.gpt, args.device), captions, edits, seed=args.seed, count=args.num_captions,
+                            admit=None if args.captions else admit)
+    if not report["accepted"]:
+        raise ValueError(f"--captions {args.captions}: {args.gpt} wrote an edit for none of its {report['tried']} captions; what "
+                         f"it wrote is in {rejected_path(edits)}")
+    write_file(path, json.dumps(settings | growing | report, indent=1, ensure_ascii=False), args.scratch)
     print(f"{report['accepted']} edits of {report['tried']} captions, {report['instructions']} different instructions; "
           f"kinds: {report['kinds']}")
 
 
+def hash_beginning(path, size=None):
+    """A hash of a file's first bytes, all if size is None, and how many these are."""
+    with open(path, "rb") as file:
+        beginning = file.read(size)
+    return dict(captions_bytes=len(beginning), captions_sha256=hashlib.sha256(beginning).hexdigest())
+
+
 # ---- edits to pairs
 
-def draw_pairs(args):
-    """Draw a folder of OUT for each of this shard's prompts without one."""
+def load_tools(args):
+    """(model, judge, limits): what draws, what scores, None with --pairs-only, and what has to be passed. Sets what was not
+    given on the command line."""
     from ip2p.clip_filter import ClipSimilarity
     from ip2p.pipeline import InstructPix2Pix
-    prompts = read_prompts(args)
     model = InstructPix2Pix.load(args.model, args.device, args.torch_dtype, args.vae, parameterization=args.parameterization)
     model.check_makes_pictures()
     choose_settings(args, model.parts.metadata)
     limits = choose_thresholds(args)
     told = {k: v for k, v in vars(args).items() if v not in (None, False) and k not in ("scratch", "torch_dtype")}
     print(" ".join(f"{k}={v}" for k, v in told.items()), limits, flush=True)
-    judge = None if args.pairs_only else ClipSimilarity.load(args.clip, args.device)
-    begin_or_continue(args, limits, model)                            # only now that everything has loaded
+    return model, None if args.pairs_only else ClipSimilarity.load(args.clip, args.device), limits
+
+
+def draw_pairs(args, prompts, model, judge, limits):
+    """Draw a folder of OUT for each of this shard's prompts without one."""
+    begin_or_continue(args, limits, model)
     prompts = [(name, prompt) for name, prompt in prompts if not is_done(args.out / name, prompt)]
 
     done = Counter(prompts=0, samples=0, kept=0)
@@ -393,11 +441,10 @@ def parse(argv=None):
          "or an id on the Hugging Face hub (default: weights/mini-sd.safetensors)")
     flag("--vae", help="a file or folder with another autoencoder, as the paper's (default: the model's own)")
     flag("--parameterization", **PARAMETERIZATION)
-    flag("--gpt", default=str(WEIGHTS / "mini-gpt.safetensors"), help="what writes edits: a file of ours, or GPT-2 "
+    flag("--gpt", help="what writes edits: a file of ours, or GPT-2 "
          "fine-tuned with train.py (default: weights/mini-gpt.safetensors)")
     flag("--captions", help="a text file with a caption a line, or .jsonl or .csv (default: the toy world's, without end)")
-    flag("--num-captions", type=within(int, 1, 10 ** 9), default=100, help="edits to have written; may be raised later "
-         "(default: %(default)s)")
+    flag("--num-captions", type=within(int, 1, 10 ** 9), help="edits to have written; may be raised later (default: 100)")
     flag("--prompts-file", help="edits that are there already: a .jsonl of {caption, edit, output}, or with input for "
          "caption (default: have them written)")
     flag("--steps", type=within(int, 1, 1000), help="of the sampler (default: 20 for the miniature, else 100)")
@@ -439,6 +486,12 @@ def parse(argv=None):
         p.error("--edits-only, --pairs-only, --filter-only, --check and --calibrate exclude one another")
     if args.edits_only and args.prompts_file:
         p.error("--edits-only writes edits, and --prompts-file names some that are there already: give one of the two")
+    for name, value in dict(captions=None, gpt=str(WEIGHTS / "mini-gpt.safetensors"), num_captions=100).items():
+        if args.prompts_file and getattr(args, name) is not None:
+            p.error(f"--{name.replace('_', '-')} is for edits that are yet to be written, and --prompts-file names some that "
+                    f"are there already: give one of the two")
+        if not args.prompts_file and getattr(args, name) is None:
+            setattr(args, name, value)
     return args
 
 

@@ -12,12 +12,11 @@ import json
 import re
 import signal
 import sys
-import tempfile
 from contextlib import contextmanager, nullcontext
 from itertools import chain, count, islice, product
 from pathlib import Path
 
-from ip2p.command_line import DEVICE, PARAMETERIZATION, SEEDS, WEIGHTS, Parser, complaint, exit_status, named_path, within
+from ip2p.command_line import DEVICE, PARAMETERIZATION, SEEDS, WEIGHTS, Parser, complaint, exit_status, make_writable, named_path, within
 
 EDITOR = WEIGHTS / "mini-ip2p-fast.safetensors", "path/to/instruct-pix2pix-00-22000.safetensors or --model timbrooks/instruct-pix2pix"
 BASE = WEIGHTS / "mini-sd.safetensors", "path/to/v1-5-pruned-emaonly.safetensors"
@@ -183,14 +182,23 @@ def check_output(output, paths, results):
         raise ValueError(f"--output {output} is one file, but there will be {results} pictures: give a folder")
     elif file.exists() and file.samefile(paths[0]):
         raise ValueError(f"--output {output} is the picture to edit: give another name")
+    elif file.exists() and not is_result(file):
+        raise ValueError(f"--output {output}: is there already, and only a .png of this script's would be replaced: give another "
+                         f"name")
     else:
         folder = file.parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(f"--output {output}: cannot be written ({error.strerror}); name another place") from None
+    make_writable(folder, f"--output {output}")
     return folder, file
+
+
+def is_result(file):
+    """Whether a picture has the record that `save` writes."""
+    from PIL import Image
+    try:
+        with Image.open(file) as picture:
+            return "ip2p" in picture.info
+    except OSError:                                                        # no picture
+        return False
 
 
 def note_prompts(tokenizer, args):
@@ -270,7 +278,7 @@ def parse(argv=None):
     flag("--no-ema", action="store_true", help="leave a checkpoint's averaged weights alone, for merges of models that still "
          "hold those of one of the models (default: take them)")
     flag("--output", type=named_path, default="outputs", help="a folder, where results get names like fox-make-it-night.png that are not taken "
-         "yet; or a .png, .jpg or .webp file, for a single result (default: %(default)s)")
+         "yet; or a .png, .jpg or .webp file, for a single result, which replaces nothing but such a .png (default: %(default)s)")
     flag("--steps", type=within(int, 1, 1000), help="of the sampler (default: the model's own, else 20)")
     flag("--sampler", choices=("ddim", "euler-ancestral"), default="ddim", help="default: %(default)s")
     flag("--cfg-text", type=scale, nargs="+", help="how much to follow the instruction (default: the model's own, else 7.5)")
@@ -301,6 +309,8 @@ def parse(argv=None):
          "these words of the two prompts are (default: off)")
     flag("--compile", action="store_true", help="torch.compile the UNet: slow to start, then faster (default: off)")
     args = p.parse_args(argv)
+    if args.seed + args.num_images > 2 ** 63:
+        p.error(f"--seed {args.seed} leaves no seeds for --num-images {args.num_images}: they end at {2 ** 63 - 1}")
     if args.grid and args.num_images > 1:
         p.error(f"--grid makes one picture of each scale, so --num-images must be 1, got {args.num_images}")
     for names, methods in OWN_FLAGS.items():

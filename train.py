@@ -27,7 +27,7 @@ from torch import nn
 
 from ip2p import InstructPix2Pix, distributed
 from ip2p.checkpoint import load_checkpoint, round_as_stored, save_checkpoint
-from ip2p.command_line import DEVICE, PARAMETERIZATION, SEEDS, WEIGHTS, Parser, exit_status, named_path
+from ip2p.command_line import DEVICE, PARAMETERIZATION, SEEDS, WEIGHTS, Parser, exit_status, make_writable, named_path
 from ip2p.distill import train_distill
 from ip2p.features import CachedPairs, hash_weights
 from ip2p.guidance import dropout_masks
@@ -188,7 +188,7 @@ def main(args):
             setattr(args, name, value)
     distributed.start(args.device)
     check(args)
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_writable(args.out, f"--out {args.out}")
     distributed.say(" ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None))
     if base and is_miniature(base.metadata):
         make_small_data(args)

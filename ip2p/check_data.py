@@ -62,8 +62,9 @@ def _check_published(path):
         if not is_seeds(seeds):
             raise ValueError(f"{file}: needed a list of [folder, [seed, ...]]")
         said = {(name, str(seed)) for name, found in seeds for seed in found}
-        if not (said or there or any(path.glob("*/prompt.json"))):                       # what is drawn may wait for its filter
-            problems.append(f"{path}: a data set without pairs")
+        if not (said or there):
+            drawn = any(path.glob("*/rest/*_0.jpg"))
+            problems.append(f"{path}: a data set without pairs" + "; --filter-only chooses from those that were drawn" * drawn)
         if [name for name, _ in seeds] != sorted({name for name, _ in seeds}):
             problems.append(f"{file}: its folders are not sorted, or one comes twice")
         problems += [f"{file}: lists a pair that is not there: {name}/{seed}_0.jpg" for name, seed in sorted(said)

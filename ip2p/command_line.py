@@ -2,6 +2,7 @@
 import argparse
 import ctypes
 import sys
+import tempfile
 from pathlib import Path
 from typing import Callable
 
@@ -41,6 +42,15 @@ def named_path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("needed a path, got nothing")
     return Path(text)
+
+
+def make_writable(folder: Path, flag: str):
+    """Create a folder, unless it is there. ValueError, naming the flag that asked for it, if nothing can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{flag}: cannot be written ({error.strerror}); name another place") from None
 
 
 SEEDS = within(int, 0, 2 ** 63 - 1)                         # what torch takes

@@ -138,7 +138,7 @@ def find_pairs(path):
         pairs = [[listed_row(row, f"{lists[0]}:{n}", lists[0].parent)] for n, row in read_jsonl(lists[0])]
     else:
         raise ValueError(f"{path}: not a data set: needed a folder with seeds.json, one .jsonl file or .parquet files" +
-                         ("" if path.exists() else "; there is nothing there"))
+                         (f"; it has {len(lists)} .jsonl files" if lists else "" if path.exists() else "; there is nothing there"))
     if not len(pairs):
         raise ValueError(f"{path}: a data set without pairs")
     return pairs

@@ -5,7 +5,6 @@
     python -m ip2p.evaluate curve            # the paper's figure: ours, SDEdit and Prompt-to-Prompt, by CLIP
     python -m ip2p.evaluate pairs            # what the share of attention does to drawn pairs, for each control
 """
-import os
 import sys
 from functools import partial
 from itertools import count, islice, product
@@ -15,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from .clip_filter import ClipSimilarity, Thresholds
-from .command_line import DEVICE, SEEDS, WEIGHTS, Parser, exit_status, within
+from .command_line import DEVICE, SEEDS, WEIGHTS, Parser, exit_status, make_writable, within
 from .curve import evaluate_curve
 from .distributed import DTYPES, usable_device
 from .images import contact_sheet, save_image, to_images
@@ -26,7 +25,6 @@ from .scorer import load_scorer, read_scene
 from .tables import decimal, percent, print_table, write_rows
 from .truth import FIXED, evaluate_edits, evaluate_pictures, is_fixed, judge_pair, psnr, through, unchanged
 from .world import World
-
 
 
 # ---- pairs
@@ -113,11 +111,9 @@ def check(args):
     for name in ("json", "plot", "sheet"):
         if path := getattr(args, name, None):
             folder = path if name == "sheet" else path.parent
-            folder.mkdir(parents=True, exist_ok=True)                     # or it ends here, not after the work
+            make_writable(folder, f"--{name} {path}")                     # or it ends here, not after the work
             if folder != path and path.is_dir():
                 raise ValueError(f"--{name} {path}: is a folder, needed the name of a file")
-            if not os.access(folder, os.W_OK):
-                raise ValueError(f"--{name} {path}: {folder} cannot be written to")
     args.device = usable_device(args.device)
 
 

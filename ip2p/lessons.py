@@ -46,8 +46,9 @@ def open_data(args):
     try:
         held_out.whole_example(0, 0)
     except ValueError:
+        few = "too few prompts to hold some back" if not len(held_out) else "no validation pairs that can be read"
         held_out = data.split("train", flip_prob=0)
-        distributed.say(f"{args.data} has no validation pairs that can be read: sheets and scores are of training pairs")
+        distributed.say(f"{args.data} has {few}: sheets and scores are of training pairs")
     return data, held_out
 
 

@@ -89,7 +89,8 @@ def fit(module: nn.Module, loss_fn: Callable, folder: Path, *, steps: int, batch
     In `folder`: the last `keep` checkpoints step-*.pt (everything needed to go on), metrics.jsonl, loss.png, sheet-*.png,
     and settings.json with `settings`, or else `config`.
     On return the module holds the averaged weights. Returns {"step", "seconds", "finished"}.
-    SIGINT and SIGTERM stop it after the current step: it saves, and raises KeyboardInterrupt.
+    SIGINT and SIGTERM stop it after the current step: it saves, and raises KeyboardInterrupt. A second SIGINT, where there is
+    one process, does not wait for the step, nor save.
     Raises ValueError if the folder holds a run with another `config`, the loss is not finite, or a file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +133,16 @@ def fit(module: nn.Module, loss_fn: Callable, folder: Path, *, steps: int, batch
             draw_loss(folder)
 
     stop = []
-    handlers = {s: signal.signal(s, lambda number, _: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_signal(number, _):
+        if stop and number == signal.SIGINT and distributed.processes() == 1:         # torchrun passes on what each got itself
+            raise KeyboardInterrupt(f"stopped within step {step + 1}, which is lost")
+        if leads and not stop:
+            again = "; Ctrl-C again does not wait for it" * (distributed.processes() == 1)
+            os.write(2, f"\nstopping after this step{again}\n".encode())              # print must not be called from here
+        stop.append(number)
+
+    handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     began = saved_at = drawn_at = time.monotonic()
     logged, logged_step, end = seconds, step, math.inf if minutes is None else began + 60 * minutes
     module.train()

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from . import world_words as words
-from .command_line import Parser, exit_status
+from .command_line import Parser, exit_status, make_writable
 from .distributed import usable_device
 from .images import contact_sheet, save_image, to_images
 from .world_art import FILTERS, recolor, smooth, tiles
@@ -398,7 +398,7 @@ def is_held_out(noun, place, color):
 def main(args):
     args.device = usable_device(args.device)
     world, out = World(args.device, args.subset), Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_writable(out, str(out))
     pixels, captions = world.pictures(args.seed, 0, 96)
     save_image(contact_sheet(list(zip(to_images(pixels), captions)), columns=12), out / "scenes.png")
     for split in SPLITS:

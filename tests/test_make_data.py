@@ -134,7 +134,8 @@ def test_rejected_pictures_are_stored_for_the_first_prompts_or_if_asked(cli, tmp
     assert cli("--clip-threshold", 1).code == 0 and cli("--clip-threshold", 1, "--keep-all", out=tmp_path / "all").code == 0
     for folder, stored in ((tmp_path / "out", [3, 0, 0, 0, 0]), (tmp_path / "all", [3] * 5)):
         assert [len(list((folder / f"{i:07d}").glob("**/*_1.jpg"))) for i in range(5)] == stored
-        assert json.loads((folder / "seeds.json").read_text()) == [] and cli("--check", folder).code == 0
+        assert json.loads((folder / "seeds.json").read_text()) == []
+        assert "a data set without pairs; --filter-only" in cli("--check", folder).out
 
 
 def test_filter_only_gives_what_drawing_with_those_thresholds_gives(cli, tmp_path, whole):
@@ -142,14 +143,14 @@ def test_filter_only_gives_what_drawing_with_those_thresholds_gives(cli, tmp_pat
     out = tmp_path / "out"
     assert cli("--pairs-only").code == 0
     assert not list(out.glob("*/metadata.jsonl")) and json.loads((out / "seeds.json").read_text()) == []
-    assert len(list(out.glob("*/rest/*.jpg"))) == 30 and cli("--check", out).code == 0
+    assert len(list(out.glob("*/rest/*.jpg"))) == 30 and "--filter-only chooses" in cli("--check", out).out
     assert "filter was None" in cli().err                                  # these have to be filtered first
     result = cli("--filter-only")
     assert result.code == 0 and "10 kept (67%)" in result.out
     assert tree(out) == tree(whole)
     assert "15 pairs" in cli("--filter-only", "--max-out-samples", 1).out and len(list(out.glob("*/*_0.jpg"))) == 5
     assert cli("--filter-only", "--clip-threshold", 1).code == 0 and not list(out.glob("*/*_0.jpg"))
-    assert "clip_sim_0" in (out / "0000000" / "samples.jsonl").read_text() and cli("--check", out).code == 0
+    assert "clip_sim_0" in (out / "0000000" / "samples.jsonl").read_text() and cli("--check", out).code == 1
     assert cli("--filter-only").code == 0 and tree(out) == tree(whole)
     assert cli().code == 0 and tree(out) == tree(whole)                    # and drawing could go on
 
@@ -294,9 +295,53 @@ def test_edits_are_written_from_captions_then_drawn(cli, models, tmp_path, monke
     assert make_data.run([*argv, "--pairs-only", "--out", str(tmp_path / "pairs")]) == 0       # all, whatever --num-captions is
     assert len(list((tmp_path / "pairs").glob("0*"))) == 3
     for shard in ("0/2", "1/2"):                                           # the second does not wait for what will not come
-        assert make_data.run([*argv, "--captions", "the world's", "--seed", "1", "--shard", shard]) == 2
-        assert "holds edits made with other settings (captions was" in capsys.readouterr().err
+        assert make_data.run([*argv, "--seed", "1", "--shard", shard]) == 2
+        assert "holds edits made with other settings (seed was 0, now 1)" in capsys.readouterr().err
     assert tree(tmp_path / "out") == then
+
+    # The file of captions may grow at its end, and may not change otherwise.
+    text = (tmp_path / "captions.txt").read_text()
+    (tmp_path / "captions.txt").write_text(text + "a tree\n")
+    assert make_data.run([*argv, "--num-captions", "9"]) == 0 and asked[4:] == ["a tree"]
+    then = tree(tmp_path / "out")
+    (tmp_path / "captions.txt").write_text("a wolf\n" + text)
+    assert make_data.run([*argv, "--num-captions", "9"]) == 2
+    assert "before it changed; new captions may only follow" in capsys.readouterr().err and tree(tmp_path / "out") == then
+
+    # What cannot work is found before edits are written.
+    for text, more, words in (("a fox\n", ["--min-p2p", ".9", "--max-p2p", ".1"], "--min-p2p 0.9 is above"),
+                              ("a fox\n", ["--model", "nowhere.safetensors"], "nowhere.safetensors"),
+                              ("a fox\n", ["--clip", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
+                              ("\n", [], "captions.txt: holds no captions"), (None, [], "captions.txt: no such file")):
+        (tmp_path / "captions.txt").unlink()
+        if text:
+            (tmp_path / "captions.txt").write_text(text)
+        else:
+            (tmp_path / "captions.txt").mkdir()
+        assert make_data.run([*argv, *more, "--out", str(tmp_path / "new")]) == 2
+        assert words in capsys.readouterr().err and not any((tmp_path / "new").iterdir())
+    (tmp_path / "captions.txt").rmdir()
+    (tmp_path / "captions.txt").write_text("a bad one\n")                  # edits.json would say that the edits are written
+    for _ in range(2):
+        assert make_data.run([*argv, "--out", str(tmp_path / "new")]) == 2
+        assert "wrote an edit for none of its 1 captions" in capsys.readouterr().err
+    (tmp_path / "captions.txt").write_text("a fox\n")
+    assert make_data.run([*argv, "--out", str(tmp_path / "new"), "--num-captions", "1"]) == 0
+
+
+def test_a_data_set_in_another_layout_is_left_alone(cli, models, tmp_path):
+    """The seeds.json of what was drawn would come first, and hide it."""
+    for name in ("pairs.jsonl", "data/train-0.parquet"):
+        out = tmp_path / name.partition(".")[0]
+        (out / name).parent.mkdir(parents=True)
+        (out / name).write_text("{}\n")
+        assert f"holds other data, {Path(name).name}: give another --out" in cli(out=out).err
+        assert not list(out.glob("*.json"))
+    prompts = tmp_path / "mine" / "prompts.jsonl"                            # what is drawn may lie beside its prompts
+    prompts.parent.mkdir()
+    shutil.copy(models / "prompts.jsonl", prompts)
+    for _ in range(2):
+        assert cli("--prompts-file", prompts, "--n-samples", 1, out=prompts.parent).code == 0
 
 
 def test_an_edit_to_a_held_out_combination_is_not_drawn(models, tmp_path, monkeypatch):
@@ -327,7 +372,9 @@ def test_an_edit_to_a_held_out_combination_is_not_drawn(models, tmp_path, monkey
     (["--min-p2p", "1.5"], "must be in 0..1"), (["--min-p2p", "0.95"], "--min-p2p 0.95 is above --max-p2p 0.9"),
     (["--shard", "2/2"], "0 <= i < n"), (["--shard", "x"], "0 <= i < n"), (["--n-samples", "0"], "must be in 1.."),
     (["--device", "cuda:77"], "cannot be used here"), (["--filter-only"], "holds no pairs to filter"),
-    (["--edits-only", "--pairs-only"], "exclude one another"), (["--edits-only"], "give one of the two")])
+    (["--edits-only", "--pairs-only"], "exclude one another"), (["--edits-only"], "give one of the two"),
+    (["--num-captions", "5"], "--num-captions is for edits that are yet to be written"), (["--gpt", "x"], "--gpt is for edits"),
+    (["--captions", "x"], "--captions is for edits"), (["--out", "/proc/pairs"], "--out /proc/pairs: cannot be written")])
 def test_bad_input_is_one_line(cli, more, words):
     result = cli(*more)
     err = result.err.splitlines()[-1]

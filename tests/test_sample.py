@@ -156,8 +156,9 @@ def test_low_memory_makes_the_same_picture(cli):
 @pytest.mark.parametrize("suffix, format", [(".png", "PNG"), (".jpg", "JPEG"), (".JPEG", "JPEG"), (".webp", "WEBP")])
 def test_output_file(cli, tmp_path, suffix, format):
     target = tmp_path / "new" / "folder" / f"night{suffix}"
-    for _ in range(2):                                         # a file that is named may be replaced
-        assert cli("--output", target).code == 0
+    assert cli("--output", target).code == 0
+    again = cli("--output", target)                            # a result may be replaced where it can be told that it is one
+    assert again.code == (0 if suffix == ".png" else 2)
     assert Image.open(target).format == format and Image.open(target).size == (48, 32)
     assert list(target.parent.iterdir()) == [target]
 
@@ -405,6 +406,7 @@ def test_settings_that_do_not_go_together(refused):
                          (("--method", "sdedit", "--cfg-image", 1), "--cfg-image goes"), (("--strength", .5), "--method sdedit, got"),
                          (("--source-prompt", "x"), "--source-prompt goes with --method p2p or null-text, got --method ip2p"),
                          (("--method", "p2p", "--source-prompt", "x", "--num-images", 2), "must be 1, got 2"),
+                         (("--seed", 2 ** 63 - 1, "--num-images", 2), "leaves no seeds for --num-images 2"),
                          (("--method", "sdedit", "--strength", 1.5), "got 1.5")):
         assert words in refused(*flags)
 
@@ -413,10 +415,13 @@ def test_bad_outputs_are_found_before_the_model_is_opened(refused, tmp_path):
     (tmp_path / "file").write_text("")
     for output, words, *flags in ((tmp_path / "file" / "x.png", "cannot be written"), (tmp_path / "file", "cannot be written"),
                                   (tmp_path / "x.png", "2 pictures", "--num-images", 2), (tmp_path / "x.gif", ".png, .jpg"),
-                                  (tmp_path / "fox.png", "the picture to edit")):
-        line = refused("--output", output, "--model", "missing.safetensors", *flags)
+                                  (tmp_path / "fox.png", "the picture to edit"), (tmp_path / "cat.png", "is there already"),
+                                  (tmp_path / "cat.webp", "is there already")):
+        for picture in ("cat.png", "cat.webp"):
+            Image.new("RGB", (20, 10)).save(tmp_path / picture)
+        line = refused("--image", tmp_path / "fox.png", "--output", output, "--model", "missing.safetensors", *flags)
         assert str(output) in line and words in line
-    assert Image.open(tmp_path / "fox.png").size == (48, 32)
+    assert Image.open(tmp_path / "fox.png").size == (48, 32) and Image.open(tmp_path / "cat.png").size == (20, 10)
 
 
 def test_names_as_long_as_the_system_takes_and_pictures_larger_than_a_format(cli, refused, tmp_path):
