@@ -136,7 +136,7 @@ def fit(module: nn.Module, loss_fn: Callable, folder: Path, *, steps: int, batch
 
     def on_signal(number, _):
         if stop and number == signal.SIGINT and distributed.processes() == 1:         # torchrun passes on what each got itself
-            raise KeyboardInterrupt(f"stopped within step {step + 1}, which is lost")
+            raise KeyboardInterrupt("stopped at once; what came after the last checkpoint is lost")
         if leads and not stop:
             again = "; Ctrl-C again does not wait for it" * (distributed.processes() == 1)
             os.write(2, f"\nstopping after this step{again}\n".encode())              # print must not be called from here

@@ -20,14 +20,15 @@ from ip2p.stages import Pool, commit, diffusion_loss, draw_timesteps, is_settlin
 from ip2p.training import EMA, fit, lr_scale, seeded
 
 
-def make_run(folder, steps, minutes=None, stop_after=None, accumulate=1, spoil=None, **settings):
-    """A small regression. `stop_after` sends this process a SIGTERM in the middle; `spoil` makes a step's loss infinite."""
+def make_run(folder, steps, minutes=None, stop_after=None, signals=(signal.SIGTERM,), accumulate=1, spoil=None, **settings):
+    """A small regression. `stop_after` sends this process signals in the middle; `spoil` makes a step's loss infinite."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 4))
 
     def loss_fn(step, rows):
         if step == stop_after:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for number in signals:
+                os.kill(os.getpid(), number)
         x = torch.randn(32, 8, generator=seeded(0, step))[rows]
         loss = (model(x) - x[:, :4] ** 2).square().mean()
         return (loss * math.inf if step == spoil else loss), {}
@@ -57,6 +58,20 @@ def test_resume_equals_uninterrupted_run(tmp_path):
     assert second["finished"] and same(whole, parts)
     losses = [[(row["step"], row["loss"]) for row in read_metrics(tmp_path / name)] for name in ("whole", "parts")]
     assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
+def test_who_presses_ctrl_c_again_does_not_wait_for_the_step(tmp_path, capfd):
+    whole, _ = make_run(tmp_path / "whole", 30)
+    with pytest.raises(KeyboardInterrupt, match="stopped at step 10"):
+        make_run(tmp_path / "parts", 30, stop_after=9, signals=[signal.SIGINT])
+    assert "stopping after this step; Ctrl-C again does not wait for it" in capfd.readouterr().err
+    with pytest.raises(KeyboardInterrupt, match="stopped at step 15"):                  # SIGTERM may come from several
+        make_run(tmp_path / "parts", 30, stop_after=14, signals=[signal.SIGINT, signal.SIGTERM, signal.SIGTERM])
+    with pytest.raises(KeyboardInterrupt, match="stopped at once"):
+        make_run(tmp_path / "parts", 30, stop_after=20, signals=[signal.SIGINT, signal.SIGINT])
+    assert [p.name for p in list_checkpoints(tmp_path / "parts")] == ["step-0000010.pt", "step-0000015.pt"]
+    parts, _ = make_run(tmp_path / "parts", 30)
+    assert same(whole, parts)
 
 
 def test_what_was_logged_after_the_last_checkpoint_is_forgotten(tmp_path):
