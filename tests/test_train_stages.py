@@ -151,6 +151,7 @@ def test_two_processes_share_out_the_scenes_and_the_steps(trained, tmp_path):
     ("--preset nothing", "argument --preset: invalid choice: 'nothing'"),
     ("--device nonsense", "--device nonsense cannot be used here"),
     ("--stage base", "vae.safetensors is missing: train --stage vae with the same --out first"),
+    ("--out /proc/runs", "--out /proc/runs: cannot be written"),
     ("--base missing.safetensors", "missing.safetensors: no such file"),
     ("--base weights/mini-ip2p.safetensors", "to go on from an editor, give it as --init"),
     ("--init weights/mini-sd.safetensors", "to fine-tune a text-to-image model into one, give it as --base"),
