@@ -18,146 +18,22 @@ import math
 import os
 import signal
 import sys
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from ip2p import InstructPix2Pix, distributed
-from ip2p.checkpoint import load_checkpoint, round_as_stored, save_checkpoint
+from ip2p.checkpoint import load_checkpoint
 from ip2p.command_line import DEVICE, PARAMETERIZATION, SEEDS, WEIGHTS, Parser, exit_status, make_writable, named_path
 from ip2p.distill import train_distill
-from ip2p.features import CachedPairs, hash_weights
-from ip2p.guidance import dropout_masks
+from ip2p.finetune import train_edit
 from ip2p.learn_edits import TRIPLES, train_edits
-from ip2p.lessons import announce, data_batches, encoders, open_data, open_pairs, save_sheet, score_edits
 from ip2p.miniature import train_base, train_clip, train_scorer, train_vae
 from ip2p.presets import ABOUT_PRESETS, PRESETS, defaults
 from ip2p.run_folder import list_checkpoints
-from ip2p.stages import Pool, diffusion_loss, draw_timesteps, history, is_miniature, is_settling, run, to_device
-from ip2p.tensorfiles import read_state_dict, small_dtype
-from ip2p.training import seeded
+from ip2p.stages import is_miniature
+from ip2p.tensorfiles import read_state_dict
 from ip2p.world import SIZE, World
-
-
-
-# ---- the editor
-
-def train_edit(args, base):
-    """The base, a text-to-image model widened by image latents, learns from pairs of pictures; conditionings are dropped at
-    random (InstructPix2Pix, arXiv:2211.09800, Sec. 3.2)."""
-    unet, vae, text = base.unet.requires_grad_(True), base.vae, base.text.requires_grad_(args.train_text)
-    model = nn.ModuleDict(dict(unet=unet, text=text) if args.train_text else dict(unet=unet))
-    model.to(args.device, memory_format=args.layout)
-    vae.to(args.device, memory_format=args.layout)
-    text.to(args.device)
-    unet.recompute_blocks(args.checkpointing)
-    predict = torch.compile(unet) if args.compile else unet
-    world = World(args.device, args.subset)
-    z, image_scale = vae.config.z_channels, vae.config.scale_factor if args.scale_image_latents else 1.0
-
-    # Pairs of latents with instructions, or with their features.
-    encode_pairs, encode_text, world_pairs = encoders(args, vae, text, world)
-    fixed = dict(start=hash_weights(unet.out))                            # what must be as it was for a run to go on
-    if args.data == "world":
-        pairs, held_out = Pool(world_pairs, args), None
-    else:
-        data, held_out = open_data(args)
-        fixed["pairs"] = data.fingerprint(look=False)
-        pairs = open_pairs(args, data, encode_pairs, encode_text, [vae, text])
-    with torch.no_grad():
-        null_context = encode_text([""])
-
-    def encode_context(texts, drop):
-        if torch.is_tensor(texts):
-            return torch.where(to_device(drop, args.device)[:, None, None], null_context, to_device(texts, args.device))
-        with nullcontext() if args.train_text else torch.no_grad():
-            return encode_text(["" if d else instruction for instruction, d in zip(texts, drop)])
-
-    # The loss of `rows` of a step (Eq. 1), or of a whole `batch` when scoring. Random numbers are drawn for the whole step and
-    # then cut to `rows`, so that they do not depend on how a step is split.
-    def loss_fn(step, rows, batch=None, dropout=args.dropout, timesteps=args.timesteps):
-        image_latents, edited, texts = batch or pairs.batch(step, rows)      # edited: (B, 2, z, h, w), mean and log variance
-        count = len(edited) if batch else args.batch_size
-        shape = (count, *edited.shape[2:])
-        rng = seeded(args.seed, step)
-        drop_text, drop_image = dropout_masks(count, dropout, rng)
-        drop_image = drop_image & args.image_dropout
-        t = draw_timesteps(timesteps, count, rng, is_settling(step, args))
-        noise = torch.randn(shape, generator=rng)
-        spread = torch.randn(shape, generator=rng) if args.target == "sample" else torch.zeros(count, 1, 1, 1)
-        t, noise, spread, drop_image = (to_device(x[rows], args.device) for x in (t, noise, spread, drop_image))
-        mean, logvar = to_device(edited, args.device).unbind(1)
-        x0 = (mean + (0.5 * logvar).exp() * spread) * vae.config.scale_factor
-        image_latents = image_scale * to_device(image_latents, args.device).masked_fill(drop_image[:, None, None, None], 0)
-        with args.autocast():
-            context = encode_context(texts, drop_text[rows])
-            return diffusion_loss(predict, x0, context, t, noise, base.parameterization, image_latents), {}
-
-    # Train.
-    editor = InstructPix2Pix(replace(base, metadata={}))
-    resting = "cpu" if args.offload and isinstance(pairs, CachedPairs) else args.device
-
-    def move_frozen(device):
-        """What does not learn goes where it is needed, or where it waits."""
-        for part in [vae] if args.train_text else [vae, text]:
-            part.to(device)
-
-    @contextmanager
-    def sampling():
-        """Within the block all parts are on the device, and a UNet that learns from scaled image latents takes unscaled ones, as
-        everything else gives them: its first layer absorbs the scale."""
-        weight = unet.input_blocks[0][0].weight.data
-        own = weight.clone()
-        weight[:, z:] *= image_scale
-        move_frozen(args.device)
-        yield
-        weight.copy_(own)
-        move_frozen(resting)
-
-    def sheet(path):
-        with sampling():
-            save_sheet(path, editor, world, held_out, args, count=6, per_kind=3)
-
-    move_frozen(resting)
-    record = run(args, model, loss_fn, sheet, **fixed)
-    if distributed.rank():
-        return None
-
-    # Score, save.
-    move_frozen(args.device)
-    small = is_miniature(base.metadata)
-    if small:
-        round_as_stored(editor.parts, small_dtype)
-    if held_out:
-        batches = data_batches(held_out, encode_pairs, min(args.score_examples, len(held_out)), size=16)
-    else:
-        batches = (world_pairs(i, min(64, args.score_examples - i), "combinations") for i in range(0, args.score_examples, 64))
-    total = count = 0
-    with torch.no_grad():
-        for i, batch in enumerate(batches):
-            loss, _ = loss_fn(i, slice(None), batch, dropout=0, timesteps="uniform")
-            total, count = total + len(batch[2]) * loss.item(), count + len(batch[2])
-    on_training = held_out and not held_out.prompts.start             # as `open_data` has it where there are no others
-    record["training_loss" if on_training else "held_out_loss"] = round(total / count, 4)
-    record |= dict(cfg_text=args.cfg_text, cfg_image=args.cfg_image, base=history(base.metadata))
-    if hasattr(pairs, "skipped") and (skipped := pairs.skipped.count()):
-        record["skipped"] = skipped
-        distributed.say(f"{skipped} pairs were skipped, as their files cannot be read")
-    start = args.init or args.base
-    path = args.out / ("mini-ip2p.safetensors" if small else "ip2p.safetensors")
-    beside = small and start.resolve().parent == args.out.resolve()
-    shared = {"vae": base.metadata.get("shared", {}).get("vae", start.name)} if beside else None          # stored once
-    with sampling():
-        save_sheet(args.out / "edit" / "sheet-final.png", editor, world, held_out, args, count=24,
-                   per_kind=min(6, args.score_examples))
-        if small:
-            record |= score_edits(editor, world, args)
-        save_checkpoint(editor.parts, path, metadata=record, dtype=small_dtype if small else None, shared=shared)
-    announce(path)
-    return record
 
 
 # ---- what the command does
@@ -361,16 +237,19 @@ def run_command(argv=None):
     args = parse(argv)
 
     def command():
-        try:
-            if args.stage == "all":
-                train_all(args, argv)
-            else:
-                main(args)
-        finally:
-            distributed.end()
+        if args.stage == "all":
+            train_all(args, argv)
+        else:
+            main(args)
 
-    return exit_status("train.py", command, "more parts (--accumulate), --checkpointing, --offload or a smaller --preset",
-                       "repeat the command to go on", status_if_stopped=0)
+    status = exit_status("train.py", command, "more parts (--accumulate), --checkpointing, --offload or a smaller --preset",
+                         "repeat the command to go on", status_if_stopped=0)
+    if status and distributed.processes() > 1:         # the others wait for this one, and leaving them properly would wait for
+        sys.stdout.flush()                             # them: torchrun ends them when it is gone
+        sys.stderr.flush()
+        os._exit(status)
+    distributed.end()
+    return status
 
 
 def parse(argv=None):
@@ -420,7 +299,7 @@ def parse(argv=None):
     flag("--views", type=int, help=f"views of each prompt (one of its pairs, mirrored or not, cropped) to encode once and "
          f"cache on disk, which epochs use in turn; 0 encodes a new one in each epoch {own}")
     flag("--cache", type=Path, default=Path("runs/cache"), help="folder of that cache, and of the texts' (default: %(default)s)")
-    beside = min(8, (os.cpu_count() or 1) // distributed.launched()) if torch.cuda.is_available() else 0
+    beside = min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if torch.cuda.is_available() else 0
     flag("--workers", type=int, default=beside, help="processes that decode pictures beside the main one (default: %(default)s; "
          "where there is a GPU as many as cores, up to 8)")
     flag("--dropout", type=float, default=0.05, help="share of examples that lose the text alone; as many lose both, as "

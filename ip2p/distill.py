@@ -13,19 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import distributed
-from .checkpoint import round_as_stored, save_checkpoint
+from .checkpoint import round_as_stored
 from .features import hash_weights
 from .guidance import guidance_condition, instruct_denoiser
-from .lessons import announce, encoders, open_data, open_pairs, save_sheet, score_edits
+from .lessons import encoders, open_data, open_pairs, save_editor, save_sheet
 from .pipeline import InstructPix2Pix
 from .samplers import ddim_sample, ddim_timesteps
-from .stages import Pool, alphas_on, history, is_miniature, run, to_device
+from .stages import Pool, history, is_miniature, run, to_device
 from .tensorfiles import small_dtype
 from .training import seeded
 from .unet import UNet
 from .world import World
 
 TEACHER_STEPS = 8
+AT_ONCE = 32                     # teacher's edits drawn together: with three branches of guidance, 2 GB of maps at 256 x 256
 COND_DIM = 192                   # of the features of what the student is told: both scales, and the length of a step
 
 
@@ -112,8 +113,9 @@ def train_distill(args, base):
         noise = torch.randn(image_latents.shape, generator=rng)
         scales = [1 + 2 * (own - 1) * torch.rand(count, generator=rng) for own in (args.cfg_text, args.cfg_image)]
         noise, *scales = (to_device(x, args.device) for x in (noise, *scales))
-        states = draw_trajectories(teacher, image_latents, context, null_context, *scales, noise)
-        return image_latents, context, *scales, states
+        parts = zip(*(x.split(AT_ONCE) for x in (image_latents, context, *scales, noise)))
+        states = [draw_trajectories(teacher, latents, texts, null_context, *settings) for latents, texts, *settings in parts]
+        return image_latents, context, *scales, torch.cat(states)
 
     pool, halvings = Pool(draw, args), TEACHER_STEPS.bit_length()
 
@@ -124,26 +126,21 @@ def train_distill(args, base):
         first = reach * (torch.rand(args.batch_size, generator=rng) * (TEACHER_STEPS // reach)).long()
         first, last = (to_device(x[rows], args.device) for x in (first, first + reach))
         with args.autocast():
-            return landing_loss(predict, base.parameterization, alphas_on(args.device), states, first, last, image_latents,
+            return landing_loss(predict, base.parameterization, teacher.alphas_cumprod, states, first, last, image_latents,
                                 context, cfg_text, cfg_image), {}
 
     own = dict(sample_steps=2, cfg_text=args.cfg_text, cfg_image=args.cfg_image)
     editor = InstructPix2Pix(replace(base, unet=student, metadata=own))
 
-    def sheet(path, count=6, per_kind=3):
-        save_sheet(path, editor, world, held_out, args, count, per_kind)
+    def sheet(path):
+        save_sheet(path, editor, world, held_out, args, count=6, per_kind=3)
 
     record = run(args, student, loss_fn, sheet, **fixed)
     if distributed.rank():
         return None
-    small, shared = is_miniature(base.metadata), {}
+    small = is_miniature(base.metadata)
     if small:
         round_as_stored(editor.parts, small_dtype)
-    sheet(args.out / args.stage / "sheet-final.png", count=24, per_kind=min(6, args.score_examples))
-    record |= own | dict(teacher=history(base.metadata)) | (score_edits(editor, world, args) if small else {})
-    if small and args.init.resolve().parent == args.out.resolve():                      # what both have is stored once
-        shared = base.metadata.get("shared", {}) | {"text": args.init.name, "unet": args.init.name}
-    path = args.out / ("mini-ip2p-fast.safetensors" if small else "ip2p-fast.safetensors")
-    save_checkpoint(editor.parts, path, metadata=record, dtype=small_dtype if small else None, shared=shared)
-    announce(path)
-    return record
+    record |= own | dict(teacher=history(base.metadata))
+    return save_editor(editor, "ip2p-fast", record, args, world, held_out, small, args.init,
+                       shared=base.metadata.get("shared", {}) | {"text": args.init.name, "unet": args.init.name})

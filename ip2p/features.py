@@ -235,7 +235,7 @@ class CachedPairs:
         latents = torch.from_numpy(self.latents[chosen]).float()
         which = self.index[chosen]
         texts = torch.from_numpy(self.contexts[which]).float() if self.encode_text else [self.texts[i] for i in which]
-        return latents[:, 0], latents[:, 1:], texts
+        return latents[:, 0].contiguous(), latents[:, 1:].contiguous(), texts          # or a GPU would have to be waited for
 
 
 def hash_weights(module: torch.nn.Module) -> str:

@@ -20,9 +20,8 @@ def instruct_denoiser(predict: Callable, context: Tensor, null_context: Tensor, 
     image_latents: (B, z, h, w), unscaled in InstructPix2Pix. cfg_text, cfg_image: s_T and s_I, any finite numbers, or one
     of each for every picture, (B,).
     read_text: turns the contexts of all branches, once, into what `predict` takes in their place.
-    Each step evaluates [text + image, image, nothing] in one batch, or one_by_one, in less memory. Where a branch's weight
-    is zero it is left out: s_I = 1 drops "nothing" (two evaluations), s_T = s_I drops "image" (two), s_T = 0 drops
-    "text + image" (two), and s_T = s_I = 1 leaves one.
+    Each step evaluates [text + image, image, nothing] in one batch, or one_by_one, in less memory. Their weights are s_T,
+    s_I - s_T and 1 - s_I; where one is zero, its branch is not evaluated.
     """
     null_context = null_context.expand_as(context)
     branches = [(cfg_text, context, image_latents),                         # Eq. 3, its terms collected: (weight, text, image)

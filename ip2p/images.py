@@ -109,16 +109,19 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
 
 
 def wrap(text: str, font, width: int, most: int = 3) -> list[str]:
-    """Lines no wider than `width`, unless a word is; what does not fit in `most` of them is left out."""
-    lines = [""]
+    """Lines no wider than `width`, unless a word is; what does not fit in `most` of them is left out, and "..." says so."""
+    lines, fits = [""], lambda line: font.getlength(line) <= width
     for word in text.split():
         longer = f"{lines[-1]} {word}".lstrip()
-        if font.getlength(longer) <= width or not lines[-1]:
+        if fits(longer) or not lines[-1]:
             lines[-1] = longer
         elif len(lines) < most:
             lines.append(word)
         else:
-            lines[-1] += " ..."
+            kept = lines[-1].split(" ")
+            while len(kept) > 1 and not fits(f"{' '.join(kept)} ..."):
+                kept.pop()
+            lines[-1] = f"{' '.join(kept)} ..."
             break
     return lines
 

@@ -2,10 +2,12 @@
 import torch
 
 from . import distributed
+from .checkpoint import save_checkpoint
 from .data import PairedDataset
 from .features import CachedPairs, LivePairs
 from .images import contact_sheet, save_image, to_images, to_pixels
 from .stages import latent_moments, to_device
+from .tensorfiles import small_dtype
 from .text import Tokenizer
 from .truth import FIXED, is_fixed, psnr, through
 from .world import KINDS
@@ -126,6 +128,18 @@ def score_edits(editor, world, args):
     return {"psnr": {name: round(float(torch.cat(values).mean()), 2) for name, values in scores.items()}}
 
 
-def announce(path):
-    """Say where a trained editor is, and what to do with it."""
+def save_editor(editor, name, record, args, world, held_out, small, start, shared):
+    """Draw a trained editor's last sheet, score it if it is the miniature's (`small`), write it as OUT/name.safetensors, the
+    miniature's as mini-name, and say what to do with it. Returns its record.
+
+    start: the file it was made from; if the miniature's lies in OUT too, the parts `shared`, {part: file}, are stored once.
+    """
+    save_sheet(args.out / args.stage / "sheet-final.png", editor, world, held_out, args, count=24,
+               per_kind=min(6, args.score_examples))
+    if small:
+        record |= score_edits(editor, world, args)
+    path = args.out / f"{'mini-' * small}{name}.safetensors"
+    beside = small and start.resolve().parent == args.out.resolve()
+    save_checkpoint(editor.parts, path, metadata=record, dtype=small_dtype if small else None, shared=shared if beside else None)
     distributed.say(f"wrote {path}; to edit with it: python sample.py --model {path} --image PICTURE --prompt INSTRUCTION")
+    return record

@@ -21,12 +21,14 @@ BESIDE = 2         # rows above and below that a strip is given: more than a 3 x
 
 @contextmanager
 def visiting(part: nn.Module, device):
-    """Within the block `part` has its weights on `device`; then it has its own again, which never moved."""
-    home = part.state_dict()
+    """Within the block `part` has its weights on `device`; then it has its own again, which never moved. They stay the same
+    parameters, or torch.compile would compile anew for every visit."""
+    home = {name: weight.data for name, weight in part.named_parameters()}
     try:
         yield part.to(device)
     finally:
-        part.load_state_dict(home, assign=True)
+        for name, weight in part.named_parameters():
+            weight.data = home[name]
 
 
 def in_strips(layer: Callable, x: Tensor, in_place=False) -> Tensor:
@@ -41,7 +43,8 @@ def in_strips(layer: Callable, x: Tensor, in_place=False) -> Tensor:
         y = layer(strip)
         scale = y.shape[2] / strip.shape[2]                              # 2 for Upsample, 0.5 for Downsample
         if out is None:
-            out = y.new_empty(*y.shape[:2], int(H * scale), y.shape[3])
+            layout = torch.channels_last if y.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+            out = torch.empty(*y.shape[:2], int(H * scale), y.shape[3], dtype=y.dtype, device=y.device, memory_format=layout)
         start = int(above.shape[2] * scale)
         above = x[:, :, bottom - BESIDE:bottom].clone()                  # as they are before they are overwritten
         rows = out[:, :, int(top * scale):int(bottom * scale)]

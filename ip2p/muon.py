@@ -5,16 +5,19 @@ It trains the miniature's small networks in a fraction of AdamW's steps. The pap
 import torch
 from torch import Tensor
 
+from .distributed import has_bf16
+
 
 def orthogonalize(m: Tensor, steps: int = 5) -> Tensor:
     """The nearest matrices with all singular values near 1 (0.7 to 1.2), by a quintic Newton-Schulz iteration.
 
-    m: (B, rows, columns) float32; a row is what feeds one output. Computed in bfloat16, which is enough for a direction.
+    m: (B, rows, columns) float32; a row is what feeds one output. Computed in bfloat16, which is enough for a direction, but
+    on GPUs that lack it.
     """
     a, b, c = 3.4445, -4.7750, 2.0315                        # Jordan's coefficients: steepest at zero
     is_tall = m.shape[1] > m.shape[2]
     x = m.mT if is_tall else m
-    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(torch.bfloat16 if has_bf16(str(m.device)) else m.dtype)
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)     # a x + (b gram + c gram^2) x

@@ -23,6 +23,8 @@ from .samplers import SAMPLERS
 from .schedule import eps_from_v, make_alphas_cumprod
 from .text import Tokenizer
 
+DECODED = 2 ** 15          # latents' pixels that are decoded at once, those of eight pictures of 512 x 512: more is not faster
+
 
 class InstructPix2Pix:
     """A UNet, an autoencoder and a text encoder that edit pictures; or, with a text-to-image UNet, that make them.
@@ -187,12 +189,14 @@ class InstructPix2Pix:
             return self._sample(denoise, image_latents.shape, steps, sampler, seeds, x_T, eta, progress, **options)
 
     @torch.no_grad()
-    def generate(self, prompts, *, steps=20, sampler="ddim", cfg_text=7.5, negative_prompt="", seed=0, num_images=1, size=None,
+    def generate(self, prompts, *, steps=None, sampler="ddim", cfg_text=None, negative_prompt="", seed=0, num_images=1, size=None,
                  x_T=None, eta=0.0, control: AttentionControl | None = None, progress=True) -> list[Image.Image]:
         """Make pictures from text, with a text-to-image checkpoint. size: the side, or (width, height); the rest as in
         `edit`. control: what each prompt's picture borrows from another's, made by `prompt_to_prompt`, with num_images 1.
         Returns `num_images` of each prompt in a row."""
         self.check_makes_pictures()
+        steps = self.own_settings["sample_steps"] if steps is None else steps
+        cfg_text = self.own_settings["cfg_text"] if cfg_text is None else cfg_text
         check_settings(steps, sampler, num_images, cfg_text=cfg_text, eta=eta)
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         texts = [p for p in prompts for _ in range(num_images)]
@@ -262,7 +266,8 @@ class InstructPix2Pix:
         as they may in float16."""
         with self.working(self.vae):
             decode = partial(low_memory.decode, self.vae) if self.low_memory else self.vae.decode
-            pixels = decode((z / self.vae.config.scale_factor).to(self.dtype))
+            z = (z / self.vae.config.scale_factor).to(self.dtype)
+            pixels = torch.cat([decode(some) for some in z.split(max(1, DECODED // (z.shape[2] * z.shape[3])))])
         check_finite(pixels)
         return pixels
 

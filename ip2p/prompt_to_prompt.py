@@ -31,9 +31,9 @@ class LocalBlend:
     """Confine the edit to where certain words are: elsewhere the target's latents become its source's, after every step.
 
     words: for each prompt, the word or words whose maps count, its source's among them; None: what a prompt and its source
-    do not have in common (`refinement_mapper`). The maps are summed over heads, layers and steps so far, widened by 3 x 3
-    and divided by their maximum; they count above `threshold`, in the source or in the target. subtract: words, likewise,
-    whose places are left out. start: from this share of the steps on.
+    do not have in common (`refinement_mapper`). The maps are averaged over heads, summed over layers and steps so far,
+    widened by 3 x 3 and divided by their maximum; they count above `threshold`, in the source or in the target. subtract:
+    words whose places are left out, by their maps without widening. start: from this share of the steps on.
     """
     words: tuple[str, ...] | None = None
     subtract: tuple[str, ...] | None = None

@@ -15,12 +15,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.pt"))
 
 
-def read_newest(folder: Path) -> dict | None:
+def read_newest(folder: Path, mapped=False) -> dict | None:
     """The newest checkpoint that is whole, or None if there is none at all. One that is cut short or damaged is renamed, so
-    that it is not counted among those that are kept. ValueError if all are, or were."""
+    that it is not counted among those that are kept. ValueError if all are, or were. mapped: into memory, not read."""
     for path in reversed(found := list_checkpoints(folder)):
         try:
-            return torch.load(path, weights_only=True, map_location="cpu")
+            return torch.load(path, weights_only=True, map_location="cpu", mmap=mapped)
         except Exception as error:                           # whatever a damaged file leads to
             if isinstance(error, OSError) or is_out_of_memory(error):
                 raise                                        # the file may be good

@@ -2,7 +2,7 @@
 
 x_t: (B, z, h, w) float32 latents of unit variance, t: a scalar tensor, eps: like x_t. Nothing here knows of prompts,
 guidance or networks. Random numbers come from `noise_like`, a function that draws a tensor shaped like its argument;
-`after_step`, another function, may change the latents after every step.
+`after_step`, another function, may change the latents after every step (Euler ancestral's are larger by 1 / sqrt(a_t)).
 """
 from typing import Callable
 
@@ -18,13 +18,15 @@ def ddim_timesteps(num_steps: int, spacing: str = "leading") -> Tensor:
 
     spacing: "leading" for every (1000 // num_steps)th from 1 up, as in diffusers; "trailing" for evenly spaced from 999 down
     (Lin et al. 2023, arXiv:2305.08891), needed for few steps: two leading ones begin at 501. The original's leading ones are
-    more than asked where num_steps does not divide 1000; here as many as asked. (All 1000 are 999, ..., 0.)"""
+    more than asked where num_steps does not divide 1000; here as many as asked. Where these would leave out a tenth of all
+    timesteps or more, as 334 would begin at 667, trailing ones take their place. (All 1000 are 999, ..., 0.)"""
     if not 1 <= num_steps <= NUM_TRAIN_TIMESTEPS:
         raise ValueError(f"the number of steps must be in 1..{NUM_TRAIN_TIMESTEPS}, got {num_steps}")
-    if spacing == "trailing":
+    every = NUM_TRAIN_TIMESTEPS // num_steps
+    if spacing == "trailing" or num_steps * every < 0.9 * NUM_TRAIN_TIMESTEPS:
         return (NUM_TRAIN_TIMESTEPS * (1 - torch.arange(num_steps, dtype=torch.float64) / num_steps)).round().long() - 1
     offset = int(num_steps < NUM_TRAIN_TIMESTEPS)
-    return (torch.arange(num_steps) * (NUM_TRAIN_TIMESTEPS // num_steps) + offset).flip(0)
+    return (torch.arange(num_steps) * every + offset).flip(0)
 
 
 def ddim_steps(num_steps: int, alphas_cumprod: Tensor, spacing: str = "leading") -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -219,7 +219,7 @@ def resume(folder: Path, module: nn.Module, ema: EMA, optimizers, config: dict) 
         saved = read_newest(folder)                                    # renames what is damaged, before the others look
     distributed.wait_for_all()
     if not leads:
-        saved = read_newest(folder)
+        saved = read_newest(folder, mapped=True)                       # or there would be as many copies as processes
     if distributed.any_of(bool(saved)) and distributed.any_of(not saved):
         raise ValueError(f"{folder}: not all processes see its checkpoints; --out must be a folder that they share")
     if not saved:

@@ -175,8 +175,8 @@ class UNet(nn.Module):
 
         x: (B, in_channels, h, w) latents, h and w multiples of 2 ** (levels - 1); t: (B,), or (1,) for all, timesteps in
         0..999, which may be fractions; context: (B, M, context_dim), or what `read_text` makes of it; control: called in
-        place of `attend` in every attention layer; condition: (B, n) numbers in 0..1000 given to a distilled editor, each
-        embedded like a timestep, in cond_dim / n features. Returns (B, out_channels, h, w).
+        place of `attend` in every attention layer; condition: (B, n) numbers about as large as timesteps, given to a
+        distilled editor, each embedded like a timestep, in cond_dim / n features. Returns (B, out_channels, h, w).
         """
         dtype = self.time_embed[0].weight.dtype
         emb = timestep_embedding(t, self.config.model_channels).to(dtype)

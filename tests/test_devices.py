@@ -12,7 +12,7 @@ import torch
 from checkpoints import randomised
 from PIL import Image
 
-from ip2p import InstructPix2Pix, evaluate
+from ip2p import InstructPix2Pix, evaluate, finetune, lessons
 from ip2p.checkpoint import Parts
 from ip2p.clip_filter import ClipSimilarity, Thresholds, calibrate
 from ip2p.distributed import choose_device
@@ -195,8 +195,9 @@ def test_training_learns_the_same_as_on_a_cpu(gpu, flags, tmp_path):
 @pytest.fixture
 def unscored(monkeypatch):
     """Editors are trained, but nothing is drawn with them, nor scored."""
-    monkeypatch.setattr(train, "save_sheet", lambda *args, **settings: None)
-    monkeypatch.setattr(train, "score_edits", lambda *args: {})
+    for module in (lessons, finetune):
+        monkeypatch.setattr(module, "save_sheet", lambda *args, **settings: None)
+    monkeypatch.setattr(lessons, "score_edits", lambda *args: {})
 
 
 def test_a_text_encoder_that_learns_stays_on_the_gpu(gpu, unscored, tmp_path):

@@ -4,9 +4,9 @@ import struct
 import numpy as np
 import pytest
 from pictures import colors
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFont
 
-from ip2p.images import open_image, to_rgb
+from ip2p.images import open_image, to_rgb, wrap
 
 UPRIGHT = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud,      # EXIF 2.3, section 4.6.4
            5: lambda a: np.swapaxes(a, 0, 1), 6: lambda a: np.rot90(a, -1),
@@ -146,3 +146,12 @@ def test_damaged_pictures_never_give_a_traceback(tmp_path):
                 assert open_image(tmp_path / "y").mode == "RGB"
             except ValueError as error:
                 assert str(tmp_path / "y") in str(error)
+
+
+@pytest.mark.parametrize("width", [40, 64, 128, 300])
+def test_lines_are_no_wider_than_they_may_be(width):
+    font, text = ImageFont.load_default(10), "turn the panda bear into the fox that it was in a forest in the early morning, and make it rain"
+    lines = wrap(text, font, width)
+    assert len(lines) <= 3 and all(font.getlength(line) <= width for line in lines)
+    words = " ".join(lines).removesuffix(" ...").split()
+    assert words == text.split()[:len(words)] and (len(words) == len(text.split())) == (width == 300)

@@ -100,3 +100,24 @@ def test_parts_visit_the_device_in_turn(monkeypatch):
     result, = model.edit(Image.new("RGB", (32, 32)), "make it night", steps=1, progress=False)
     assert result.is_meta and ran == [["vae"], ["text"], *[["unet"]] * 3, ["vae"]]
     assert there() == [] and addresses() == before
+
+
+def test_visits_do_not_compile_anew():
+    """What torch.compile has compiled holds for these very parameters."""
+    torch._dynamo.reset()
+    unet, compiled = make_parts().unet, []
+    compiled_unet = torch.compile(unet, backend=lambda graph, _: compiled.append(graph) or graph.forward)
+    x, t, context = torch.randn(1, 8, 8, 8), torch.tensor([3]), torch.randn(1, 16, 32)
+    weights = {name: weight.clone() for name, weight in unet.named_parameters()}
+    for _ in range(3):
+        with low_memory.visiting(unet, "cpu"), torch.no_grad():
+            compiled_unet(x, t, context)
+    assert len(compiled) == 1 and all(torch.equal(weight, weights[name]) for name, weight in unet.named_parameters())
+
+
+def test_strips_keep_the_layout():
+    """Or every convolution of channels last would transpose the map that it gets."""
+    conv, x = torch.nn.Conv2d(8, 8, 3, padding=1), torch.randn(2, 8, 80, 16)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        found = low_memory.in_strips(conv.to(memory_format=layout), x.contiguous(memory_format=layout))
+        assert found.is_contiguous(memory_format=layout) and relative_error(found, conv(x)) < 1e-6

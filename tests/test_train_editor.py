@@ -22,7 +22,7 @@ from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
-from ip2p import InstructPix2Pix, presets
+from ip2p import InstructPix2Pix, finetune, presets
 from ip2p.checkpoint import Parts, load_checkpoint, save_checkpoint
 from ip2p.clip_filter import import_open_clip
 from ip2p.data import PairedDataset
@@ -133,7 +133,7 @@ def test_the_papers_run_opens_in_diffusers_and_edits_alike(base, command, tmp_pa
 def test_the_loss_is_the_formula(base, pairs, command, tmp_path, monkeypatch, image_dropout):
     """The first step's, written out: a posterior sample, unscaled image latents, one uniform draw for both conditionings."""
     seen = []
-    monkeypatch.setattr(train, "diffusion_loss", lambda *args: seen.append([a for a in args[1:]]) or args[0](
+    monkeypatch.setattr(finetune, "diffusion_loss", lambda *args: seen.append([a for a in args[1:]]) or args[0](
         torch.cat([args[1], args[6]], 1), args[3], args[2]).square().mean())
     flags = "--preset", "paper", "--dropout", 0.3, "--image-dropout" if image_dropout else "--no-image-dropout"
     assert run(command("--steps", 1, "--accumulate", 1, "--batch-size", 16, *flags))[0] == 0
@@ -143,7 +143,7 @@ def test_the_loss_is_the_formula(base, pairs, command, tmp_path, monkeypatch, im
     chosen = [data.example(n // len(data), order[n // len(data)][n % len(data)]) for n in range(16)]
     before, after = (torch.stack([example[k] for example in chosen]) for k in (0, 1))
     model = InstructPix2Pix(parts)
-    rng = train.seeded(0, 0)
+    rng = finetune.seeded(0, 0)
     r, expected_t = torch.rand(16, generator=rng), torch.randint(0, 1000, (16,), generator=rng)
     expected_noise, spread = (torch.randn(16, 4, 4, 4, generator=rng) for _ in range(2))
     with torch.no_grad():
