@@ -23,12 +23,13 @@ BESIDE = 2         # rows above and below that a strip is given: more than a 3 x
 def visiting(part: nn.Module, device):
     """Within the block `part` has its weights on `device`; then it has its own again, which never moved. They stay the same
     parameters, or torch.compile would compile anew for every visit."""
-    home = {name: weight.data for name, weight in part.named_parameters()}
+    home = []
+    part._apply(lambda weight: home.append(weight.detach()) or weight)
     try:
         yield part.to(device)
     finally:
-        for name, weight in part.named_parameters():
-            weight.data = home[name]
+        weights = iter(home)
+        part._apply(lambda _: next(weights))
 
 
 def in_strips(layer: Callable, x: Tensor, in_place=False) -> Tensor:
