@@ -269,6 +269,22 @@ def test_two_processes_learn_what_one_does(base, command, tmp_path):
     assert 0 < (one - start).norm() and (two - one).norm() < 0.01 * (one - start).norm()
 
 
+def test_the_error_of_one_process_ends_all(command, tmp_path):
+    """The others would wait for its gradients."""
+    script = tmp_path / "failing.py"
+    script.write_text("import os, sys, train\nfrom ip2p import finetune\nlosses, loss = [], finetune.diffusion_loss\n"
+                      "def fail_at_the_third(*args):\n"
+                      "    losses.append(loss(*args))\n"
+                      "    if len(losses) == 3 and os.environ['RANK'] == '1':\n"
+                      "        raise ValueError('the second has no room')\n"
+                      "    return losses[-1]\n"
+                      "finetune.diffusion_loss = fail_at_the_third\nsys.exit(train.run_command())\n")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run([*torchrun, *command("--dtype", "fp32", "--views", 1)], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    assert done.returncode and "train.py: the second has no room" in done.stderr
+
+
 # ---- stopped, and going on
 
 def in_child(argv, limit=None):
