@@ -60,7 +60,7 @@ def main(args):
                 write_edits(args, captions)
             if args.edits_only:
                 return 0
-            done = draw_pairs(args, prompts or read_prompts(args), *tools)
+            done = draw_prompts(args, prompts or read_prompts(args), *tools)
 
     seeds = read_json(args.out / "seeds.json")
     print("{prompts} prompts, {samples} pairs in {seconds:.0f} s, {rate:.2f} pairs/s; {kept} kept ({share:.0%})".format(
@@ -184,7 +184,7 @@ def load_tools(args):
     return model, None if args.pairs_only else ClipSimilarity.load(args.clip, args.device), limits
 
 
-def draw_pairs(args, prompts, model, judge, limits):
+def draw_prompts(args, prompts, model, judge, limits):
     """Draw a folder of OUT for each of this shard's prompts without one."""
     begin_or_continue(args, limits, model)
     prompts = [(name, prompt) for name, prompt in prompts if not is_done(args.out / name, prompt)]

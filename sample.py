@@ -36,7 +36,7 @@ def main(args):
     from ip2p.pipeline import InstructPix2Pix
 
     # Find out what cannot work, before anything slow.
-    paths = find_pictures(args.image)
+    paths = list_pictures(args.image)
     bad = []
     pictures = open_pictures(paths, bad)
     first = list(islice(pictures, 1))
@@ -141,7 +141,7 @@ class TextEditor:
         return results
 
 
-def find_pictures(images):
+def list_pictures(images):
     """Paths of the files named, and of the pictures in the folders named."""
     paths = []
     for path in images:

@@ -18,14 +18,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) ->
     PyTorch's fused kernels never hold all logits, and keep them in float32 (Stable Diffusion 2.1's overflow float16). On a CPU,
     and on CUDA by PyTorch's source, they take every head of this project, even the autoencoder's of 512 channels, provided
     that each token's channels are adjacent in memory, which those of a transposed feature map are not. Two cases go without
-    them, and hold few logits too, unless gradients need them:
+    these kernels, and hold few logits at a time too, unless gradients need them all:
     - bfloat16 on a CPU: plain products of a few heads or queries at a time are up to four times as fast backward, and twice
       forward unless the CPU has AMX. Their logits are bfloat16: a relative error of 0.5 to 1%, not 0.2%.
     - other devices: the queries go in chunks, except for texts (`causal`), which are short.
     """
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))     # (B, heads, tokens, C / heads)
-    by_products = q.requires_grad or not (torch.compiler.is_compiling() or has_amx())   # many products take long to compile
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and by_products:
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and (
+            q.requires_grad or not (has_amx() or torch.compiler.is_compiling())):       # many products take long to compile
         out = attend_by_products(q, k, v, causal)
     elif causal or q.device.type in ("cpu", "cuda"):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)

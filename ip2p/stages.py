@@ -21,8 +21,9 @@ MAY_CHANGE = ("out", "cache", "minutes", "steps", "device", "sheet_minutes", "sa
 
 
 def run(args, module, loss_fn, sheet=None, **fixed):
-    """Train `module` by the stage's settings, which are stored in its folder; those that may not change on resuming, and
-    `fixed`, in its checkpoints too. Returns the record for the file's metadata."""
+    """Train `module` by the stage's settings. Its folder's settings.json gets all of them; its checkpoints get `fixed` and those
+    that MAY_CHANGE does not name: should any of these differ, a run is not resumed. Returns the record for the file's
+    metadata."""
     settings = {k: v for k, v in vars(args).items() if k not in ("layout", "autocast") and v is not None}
     free = (*MAY_CHANGE, "data") if "pairs" in fixed else MAY_CHANGE              # pairs say more than their folder's name
     fixed |= {k: v.name if isinstance(v, Path) else v for k, v in settings.items() if k not in free}
@@ -72,11 +73,11 @@ class Pool:
     def batch(self, step, rows=slice(None)):
         B = self.args.batch_size
         batches = self.args.block // B                                   # in a block
-        number, within = divmod(step, batches * self.args.reuse)         # which block, and which of its steps
-        again, turn = divmod(within, batches)                            # which time through it, and which batch of that
+        number, step_in_block = divmod(step, batches * self.args.reuse)
+        time_through, turn = divmod(step_in_block, batches)
         if number != self.number:
             self.columns, self.number = self._make(number, batches * B), number
-        order = torch.randperm(batches * B, generator=seeded(self.args.seed, number, again))
+        order = torch.randperm(batches * B, generator=seeded(self.args.seed, number, time_through))
         chosen = order[turn * B:(turn + 1) * B][rows]
         return [c[to_device(chosen, str(c.device))] if torch.is_tensor(c) else [c[i] for i in chosen.tolist()]
                 for c in self.columns]

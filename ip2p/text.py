@@ -56,7 +56,6 @@ class Tokenizer:
             tokens = list(bpe.encoder)[:2 * 256 + num_merges] + ["<start_of_text>", "<end_of_text>"]
             bpe.bpe_ranks = dict(zip(merges, range(num_merges)))
             bpe.encoder = {token: i for i, token in enumerate(tokens)}
-            bpe.decoder = {i: token for i, token in enumerate(tokens)}
         self.start, self.end = size - 2, size - 1
 
     def encode(self, text: str) -> list[int]:

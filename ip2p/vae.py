@@ -116,7 +116,8 @@ class Level(nn.Module):
         self.block = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:]))
 
     def layers(self):
-        """The blocks, then `downsample` or `upsample` if there is one. (A `forward` would keep the level's input to its end.)"""
+        """The blocks, then `downsample` or `upsample` if there is one, for the caller to go through: a `forward` would hold its
+        argument, a map at full resolution, until its last layer is done."""
         blocks, *resize = self.children()
         return [*blocks, *resize]
 

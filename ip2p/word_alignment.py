@@ -50,8 +50,8 @@ def replacement_mapper(source: str, target: str, tokenizer: Tokenizer) -> tuple[
 
     Returns (M, M) weights, M = 77 or the model's own context length, and which target tokens have no counterpart, (M,) bool.
     A word that stays keeps its maps. A word that was replaced hands its maps on, token by token, or 1 / n of them to each of
-    n tokens where the numbers differ. After the last change the original maps each position to itself. It needs prompts of
-    as many words; where they are not, words are aligned here, and the columns of words without a counterpart are zero.
+    n tokens where the numbers differ. As in the original, each position after the last change is mapped to itself. Prompts of
+    unequal numbers of words, which the original refuses, are aligned here, and words without a counterpart have columns of zeros.
     """
     M = tokenizer.config.context_length
     mapper, new = torch.zeros(M, M), torch.zeros(M, dtype=torch.bool)
