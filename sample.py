@@ -16,7 +16,8 @@ from contextlib import contextmanager, nullcontext
 from itertools import chain, count, islice, product
 from pathlib import Path
 
-from ip2p.command_line import DEVICE, PARAMETERIZATION, SEEDS, WEIGHTS, Parser, complaint, exit_status, make_writable, named_path, within
+from ip2p.command_line import (DEVICE, PARAMETERIZATION, SEEDS, WEIGHTS, Parser, complaint, exit_status, make_writable, named_path,
+                               within)
 
 EDITOR = WEIGHTS / "mini-ip2p-fast.safetensors", "path/to/instruct-pix2pix-00-22000.safetensors or --model timbrooks/instruct-pix2pix"
 BASE = WEIGHTS / "mini-sd.safetensors", "path/to/v1-5-pruned-emaonly.safetensors"

@@ -3,7 +3,8 @@
 The teacher's guided trajectories, from noise to an edit in TEACHER_STEPS steps, are drawn first, each at scales of its own.
 The student, which begins as the teacher, is told the scales (Meng et al. 2022, arXiv:2210.03142) and how far a step goes;
 from the state after i of the teacher's steps it learns to land, in one step of its own, on the state after i + 1, 2, 4 or 8.
-An edit of 8, 4, 2 or 1 steps is so many landings. The step is DDIM's, so whatever samples with DDIM from trailing timesteps can use it.
+An edit of 8, 4, 2 or 1 steps is so many landings. The step is DDIM's, so whatever samples with DDIM from trailing
+timesteps can use it.
 """
 import copy
 from dataclasses import replace

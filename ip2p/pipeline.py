@@ -141,8 +141,8 @@ class InstructPix2Pix:
         cfg_image = own["cfg_image"] if cfg_image is None else cfg_image
         check_settings(steps, sampler, num_images, cfg_text=cfg_text, cfg_image=cfg_image, eta=eta)
         if self.is_distilled and (sampler != "ddim" or eta or negative_prompt):
-            raise ValueError("a distilled editor takes DDIM's steps, without fresh noise and without a negative prompt; what it was "
-                             "distilled from takes them (of the miniature, weights/mini-ip2p.safetensors)")
+            raise ValueError("a distilled editor takes DDIM's steps, without fresh noise and without a negative prompt; what it "
+                             "was distilled from takes them (of the miniature, weights/mini-ip2p.safetensors)")
         images, prompts = _pair_up(images, prompts)
         images = [to_rgb(image) for image in images]                      # upright before anything looks at their sizes
         for image in images:

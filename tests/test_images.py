@@ -150,7 +150,8 @@ def test_damaged_pictures_never_give_a_traceback(tmp_path):
 
 @pytest.mark.parametrize("width", [40, 64, 128, 300])
 def test_lines_are_no_wider_than_they_may_be(width):
-    font, text = ImageFont.load_default(10), "turn the panda bear into the fox that it was in a forest in the early morning, and make it rain"
+    font = ImageFont.load_default(10)
+    text = "turn the panda bear into the fox that it was in a forest in the early morning, and make it rain"
     lines = wrap(text, font, width)
     assert len(lines) <= 3 and all(font.getlength(line) <= width for line in lines)
     words = " ".join(lines).removesuffix(" ...").split()

@@ -280,8 +280,8 @@ def test_the_error_of_one_process_ends_all(command, tmp_path):
                       "    return losses[-1]\n"
                       "finetune.diffusion_loss = fail_at_the_third\nsys.exit(train.run_command())\n")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run([*torchrun, *command("--dtype", "fp32", "--views", 1)], cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    done = subprocess.run([*torchrun, *command("--dtype", "fp32", "--views", 1)], cwd=ROOT, capture_output=True, text=True,
+                          timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     assert done.returncode and "train.py: the second has no room" in done.stderr
 
 
