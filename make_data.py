@@ -84,7 +84,7 @@ def check_folder(args):
     make_writable(out, f"--out {out}")
     ours = [out / "edits.jsonl", out / "edits.rejected.jsonl", *map(Path, filter(None, (args.prompts_file, args.captions)))]
     others = [path for path in (*list_tables(out), *sorted(out.glob("*.jsonl"))) if path not in ours]
-    if others and not any((out / name).exists() for name in ("seeds.json", "settings.json", "edits.json")):
+    if others and not args.filter_only and not any((out / name).exists() for name in ("seeds.json", "settings.json", "edits.json")):
         raise ValueError(f"{out} holds other data, {others[0].name}: give another --out")
 
 
@@ -119,7 +119,8 @@ def open_captions(args):
 
 
 def write_edits(args, captions):
-    """OUT/edits.jsonl, by the language model. Of several shards the first writes, the others wait for edits.json."""
+    """OUT/edits.jsonl, by the language model. Of several shards the first writes, the others wait for edits.json. ValueError
+    if OUT holds edits made otherwise, or if the model wrote none."""
     from ip2p.edits import EditWriter, generate_edits, rejected_path
     from ip2p.world import World
     from ip2p.world_reader import read
@@ -441,8 +442,8 @@ def parse(argv=None):
          "or an id on the Hugging Face hub (default: weights/mini-sd.safetensors)")
     flag("--vae", help="a file or folder with another autoencoder, as the paper's (default: the model's own)")
     flag("--parameterization", **PARAMETERIZATION)
-    flag("--gpt", help="what writes edits: a file of ours, or GPT-2 "
-         "fine-tuned with train.py (default: weights/mini-gpt.safetensors)")
+    flag("--gpt", help="what writes edits: a file of ours, or GPT-2 fine-tuned with train.py (default: "
+         "weights/mini-gpt.safetensors)")
     flag("--captions", help="a text file with a caption a line, or .jsonl or .csv (default: the toy world's, without end)")
     flag("--num-captions", type=within(int, 1, 10 ** 9), help="edits to have written; may be raised later (default: 100)")
     flag("--prompts-file", help="edits that are there already: a .jsonl of {caption, edit, output}, or with input for "
