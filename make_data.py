@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -47,20 +47,22 @@ def main(args):
     args.device, args.dtype, args.torch_dtype = choose_device(args.device, args.dtype)
     if args.calibrate:
         return calibrate(args)
+    from ip2p.edits import read_captions
     check_folder(args)
     args.scratch = args.out / ".shard-{}-of-{}.tmp".format(*args.shard)      # everything unfinished is in here
     with holding(args.scratch):
         if args.filter_only:
             done = filter_pairs(args)
         else:
-            written = args.prompts_file or args.pairs_only
-            prompts, captions = (read_prompts(args), None) if written else (None, open_captions(args))
+            prompts = read_prompts(args) if args.prompts_file or args.pairs_only else None
+            if args.captions and next(read_captions(args.captions), None) is None:
+                raise ValueError(f"{args.captions}: holds no captions")
             tools = None if args.edits_only else load_tools(args)         # what cannot work ends here, before edits are written
-            if not written:
-                write_edits(args, captions)
+            if prompts is None:
+                write_edits(args)
             if args.edits_only:
                 return 0
-            done = draw_prompts(args, prompts or read_prompts(args), *tools)
+            done = draw_prompts(args, read_prompts(args) if prompts is None else prompts, *tools)
 
     seeds = read_json(args.out / "seeds.json")
     print("{prompts} prompts, {samples} pairs in {seconds:.0f} s, {rate:.2f} pairs/s; {kept} kept ({share:.0%})".format(
@@ -103,25 +105,10 @@ def holding(scratch):
 
 # ---- captions to edits
 
-def open_captions(args):
-    """The captions that edits are to be written for. ValueError if there are none, or none that can be read."""
-    from ip2p.edits import read_captions, world_captions
-    from ip2p.world import World
-    if not args.captions:
-        return world_captions(World(), args.seed)
-    if not Path(args.captions).is_file():
-        raise ValueError(f"--captions {args.captions}: no such file")
-    captions = read_captions(args.captions)
-    first = next(captions, None)
-    if first is None:
-        raise ValueError(f"--captions {args.captions}: holds no captions")
-    return chain([first], captions)
-
-
-def write_edits(args, captions):
+def write_edits(args):
     """OUT/edits.jsonl, by the language model. Of several shards the first writes, the others wait for edits.json. ValueError
     if OUT holds edits made otherwise, or if the model wrote none."""
-    from ip2p.edits import EditWriter, generate_edits, rejected_path
+    from ip2p.edits import EditWriter, generate_edits, read_captions, rejected_path, world_captions
     from ip2p.world import World
     from ip2p.world_reader import read
     settings = dict(num_captions=args.num_captions, captions=args.captions or "the world's", gpt=Path(args.gpt).name,
@@ -152,6 +139,7 @@ def write_edits(args, captions):
         """No held-out scene may be learned from."""
         scene = read(output)
         return scene is None or not world.holds_out(scene)
+    captions = read_captions(args.captions) if args.captions else world_captions(world, args.seed)
     report = generate_edits(EditWriter.load(args.gpt, args.device), captions, edits, seed=args.seed, count=args.num_captions,
                             admit=None if args.captions else admit)
     if not report["accepted"]:

@@ -126,6 +126,8 @@ def read_captions(path: str | Path) -> Iterator[tuple[str, str | None]]:
     under "url" or "URL", else plain text with a caption a line. Blank ones are left out. Raises ValueError naming file and
     line."""
     path, names = Path(path), ("caption", "input", "TEXT")
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
     try:
         with open(path, encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None) as lines:
             if path.suffix not in (".jsonl", ".csv"):
