@@ -117,3 +117,12 @@ def test_a_model_of_the_other_kind_is_refused(editor, maker):
     for make in (lambda: editor.generate("a fox"), lambda: editor.draw_pairs(["a fox"], ["a cat"], [0], [0.5], [3.0])):
         with pytest.raises(ValueError, match=r"edits pictures \(use edit\)"):
             make()
+
+
+def test_what_is_not_said_is_the_models_own(maker, monkeypatch):
+    monkeypatch.setitem(maker.parts.metadata, "cfg_text", 3.0)
+    monkeypatch.setitem(maker.parts.metadata, "sample_steps", 3)
+    given = dict(prompts="a fox", progress=False)
+    own, same, other = (maker.generate(**given, **more)[0].tobytes()
+                        for more in ({}, dict(steps=3, cfg_text=3.0), dict(steps=3, cfg_text=7.5)))
+    assert own == same != other
