@@ -47,7 +47,6 @@ def main(args):
     args.device, args.dtype, args.torch_dtype = choose_device(args.device, args.dtype)
     if args.calibrate:
         return calibrate(args)
-    from ip2p.edits import read_captions
     check_folder(args)
     args.scratch = args.out / ".shard-{}-of-{}.tmp".format(*args.shard)      # everything unfinished is in here
     with holding(args.scratch):
@@ -55,8 +54,8 @@ def main(args):
             done = filter_pairs(args)
         else:
             prompts = read_prompts(args) if args.prompts_file or args.pairs_only else None
-            if args.captions and next(read_captions(args.captions), None) is None:
-                raise ValueError(f"{args.captions}: holds no captions")
+            if args.captions:
+                check_captions(args.captions)
             tools = None if args.edits_only else load_tools(args)         # what cannot work ends here, before edits are written
             if prompts is None:
                 write_edits(args)
@@ -104,6 +103,13 @@ def holding(scratch):
 
 
 # ---- captions to edits
+
+def check_captions(file):
+    """ValueError if a file of captions has none, or none that can be read."""
+    from ip2p.edits import read_captions
+    if next(read_captions(file), None) is None:
+        raise ValueError(f"{file}: holds no captions")
+
 
 def write_edits(args):
     """OUT/edits.jsonl, by the language model. Of several shards the first writes, the others wait for edits.json. ValueError

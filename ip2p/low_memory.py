@@ -23,7 +23,7 @@ BESIDE = 2         # rows above and below that a strip is given: more than a 3 x
 def visiting(part: nn.Module, device):
     """Within the block `part` has its weights on `device`; then it has its own again, which never moved. They stay the same
     parameters, or torch.compile would compile anew for every visit."""
-    home = []
+    home = []                                            # in the order of _apply, by which `to` too goes through a module
     part._apply(lambda weight: home.append(weight.detach()) or weight)
     try:
         yield part.to(device)

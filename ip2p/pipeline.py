@@ -23,7 +23,7 @@ from .samplers import SAMPLERS
 from .schedule import eps_from_v, make_alphas_cumprod
 from .text import Tokenizer
 
-DECODED = 2 ** 15          # latents' pixels that are decoded at once, those of eight pictures of 512 x 512: more is not faster
+DECODED = 2 ** 15          # latents' pixels that are decoded at once, those of eight pictures of 512 x 512, whatever the batch
 
 
 class InstructPix2Pix:

@@ -18,8 +18,8 @@ def ddim_timesteps(num_steps: int, spacing: str = "leading") -> Tensor:
 
     spacing: "leading" for every (1000 // num_steps)th from 1 up, as in diffusers; "trailing" for evenly spaced from 999 down
     (Lin et al. 2023, arXiv:2305.08891), needed for few steps: two leading ones begin at 501. The original's leading ones are
-    more than asked where num_steps does not divide 1000; here as many as asked. Where these would leave out a tenth of all
-    timesteps or more, as 334 would begin at 667, trailing ones take their place. (All 1000 are 999, ..., 0.)"""
+    more than asked where num_steps does not divide 1000; here as many as asked. Where these would leave out more than a
+    tenth of all timesteps, as 334 would begin at 667, trailing ones take their place. (All 1000 are 999, ..., 0.)"""
     if not 1 <= num_steps <= NUM_TRAIN_TIMESTEPS:
         raise ValueError(f"the number of steps must be in 1..{NUM_TRAIN_TIMESTEPS}, got {num_steps}")
     every = NUM_TRAIN_TIMESTEPS // num_steps
